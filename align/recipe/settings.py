@@ -1,0 +1,243 @@
+"""Settings shared by the stages. The docstring under each field is its documentation (`align show STAGE`).
+
+Fields marked `execution` cannot change the result (logging cadence, number of checkpoints kept); they are left out of
+a stage's fingerprint, so changing one never re-runs anything.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Settings(BaseModel):
+    """Base of every settings class: frozen, no unknown keys, no NaN, docstrings are the documentation."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+def execution(default: Any, **constraints: Any) -> Any:
+    """A field that cannot change the result: left out of the fingerprint."""
+    return Field(default, json_schema_extra={"execution": True}, **constraints)
+
+
+def shorthand(key: str) -> BeforeValidator:
+    """Lets a bare string (or list) stand for `{key: value}`: `data: prefs.jsonl` is `data: {path: prefs.jsonl}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str | list) else value)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Role(StrEnum):
+    """What a stage reads its data file as."""
+
+    CORPUS = "corpus"
+    DEMONSTRATIONS = "demonstrations"
+    PREFERENCES = "preferences"
+    PROMPTS = "prompts"
+
+
+class DataSettings(Settings):
+    """Where rows come from and how they are read."""
+
+    path: str | list[str]
+    """A local .jsonl, .json, .parquet or .csv file, or a list of them. Relative to the recipe's folder."""
+
+    columns: dict[str, str] = {}
+    """Mapping for private files, `{our name: their column}`. Our names: prompt, response, chosen, rejected, messages,
+    system, text, instruction, input, output. Empty: the shape is detected from the columns."""
+
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of prompts kept out of training for the final metrics. The split is by prompt, so no prompt is on both
+    sides, and depends only on the prompt's text: stages that share prompts share the split."""
+
+    held_out_path: str | list[str] | None = None
+    """A separate file of held-out rows; `held_out` is then ignored."""
+
+    system: str | None = None
+    """System message put before every prompt that has none."""
+
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: prompts are rendered with the model's chat template. plain: prompt text followed directly by the response.
+    auto: chat if the model has a chat template, else plain."""
+
+    max_rows: PositiveInt | None = None
+    """Use only the first rows of the files (after checking them)."""
+
+    on_bad: Literal["error", "skip"] = "error"
+    """What to do with a malformed row: stop and name it, or leave it out, count it and write it to rejected.jsonl."""
+
+
+Data = Annotated[DataSettings, shorthand("path")]
+
+
+class ModelSettings(Settings):
+    """A model that align did not train: a local folder or a hub id."""
+
+    path: str
+    """A local Hugging Face folder, or a hub id such as `Qwen/Qwen2.5-0.5B`. `id@revision` is accepted."""
+
+    revision: str | None = None
+    """Commit of a hub id (40 hex digits). Required for hub ids, so that the run can be repeated."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_revision(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("path"), str) and "revision" not in value:
+            path, _, revision = value["path"].partition("@")
+            if revision:
+                return {**value, "path": path, "revision": revision}
+        return value
+
+
+Model = Annotated[ModelSettings, shorthand("path")]
+
+
+class OptimSettings(Settings):
+    """AdamW and its learning-rate schedule."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape after the warm-up. linear and cosine end at 0."""
+
+    warmup: Fraction = 0.0
+    """Share of all steps over which the learning rate rises from 0."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW moments."""
+
+    eps: PositiveFloat = 1e-8
+    """AdamW epsilon."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW decoupled weight decay."""
+
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm, measured over all processes."""
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (Hu et al. 2021). The saved model is the effective one: adapter merged into its base."""
+
+    rank: PositiveInt = 16
+    """Rank of each update."""
+
+    alpha: PositiveFloat = 32.0
+    """Updates are scaled by alpha / rank."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+
+    target_modules: str | list[str] = "all-linear"
+    """Which linear layers get an adapter."""
+
+
+class CheckpointSettings(Settings):
+    """Checkpoints inside a stage, from which an interrupted stage resumes."""
+
+    every_steps: PositiveInt | None = execution(None)
+    """Optimiser steps (PPO: rollouts) between checkpoints. None: a tenth of the stage."""
+
+    keep: Annotated[int, Field(ge=1)] = execution(2)
+    """How many are kept. All are removed once the stage's artifact is committed."""
+
+
+class EvaluationSettings(Settings):
+    """How policies are measured at the end of their stage, on held-out prompts."""
+
+    gold: str | None = None
+    """`module:function` of a gold scorer `(prompts, responses) -> list of floats in 0..1` that no stage trains on."""
+
+    prompts: PositiveInt = 256
+    """Held-out prompts sampled from. Fewer are used when the held-out split has fewer."""
+
+    max_response_tokens: PositiveInt = 256
+    """Longest response sampled."""
+
+    batch_size: PositiveInt = 64
+    """Prompts sampled at a time."""
+
+
+class TrainingSettings(Settings):
+    """What every gradient-trained stage on TRL has in common."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the training rows."""
+
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimiser steps, whatever `epochs` says."""
+
+    batch_size: PositiveInt = 32
+    """Rows (pairs, for preference stages) per optimiser step, over all processes."""
+
+    micro_batch_size: PositiveInt | None = None
+    """Rows per forward pass and process; smaller uses less memory. None: the whole batch at once."""
+
+    max_length: PositiveInt = 1024
+    """Longest sequence in tokens, prompt and response together. Longer rows follow `on_long`."""
+
+    on_long: Literal["drop", "error"] = "drop"
+    """Rows over `max_length` are left out and counted, or stop the run. They are never cut: a cut row loses its EOS."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 where a GPU supports it, else float32."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+
+    lora: LoraSettings | None = None
+    """Train low-rank adapters instead of all weights."""
+
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """Checkpoints inside the stage."""
+
+    log_every: PositiveInt = execution(10)
+    """Optimiser steps between lines of metrics.jsonl."""
+
+    samples_every: PositiveInt | None = execution(None)
+    """Optimiser steps between entries of samples.jsonl. None: only at the end."""
+
+    trainer_args: dict[str, Any] = {}
+    """Passed to TRL's config of this stage as they are, for the arguments not modelled here. Names are checked; those
+    that align sets itself are refused."""
+
+    @model_validator(mode="after")
+    def _micro_divides(self) -> TrainingSettings:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class RecipeSettings(Settings):
+    """The recipe's own fields. Every other top-level key of the YAML is a stage: its name, or `kind:` inside it, is
+    the kind of stage it is."""
+
+    name: str = "run"
+    """Name of the run's folder, unless --run is given."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything random. A stage may have its own."""
+
+    model: Model | None = None
+    """The model that stages start from when no stage before them makes one."""
+
+    data: Data | None = None
+    """The data of stages that name none."""
+
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """How every policy is measured at the end of its stage."""
+
+    track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = execution([])
+    """Where metrics go besides metrics.jsonl."""

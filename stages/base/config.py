@@ -1,0 +1,69 @@
+"""Settings of `base`: a small language model made from scratch. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from align.pipeline.stage import Kind, StageSpec
+from align.recipe.settings import Data, OptimSettings, Role, Settings
+
+
+class Config(Settings):
+    """A Llama-shaped model and its byte-level BPE tokenizer, trained on a corpus. For demos, tests and small domains."""
+
+    kind: Literal["base"] = "base"
+    """Stage kind."""
+
+    data: Data | None = None
+    """The corpus: rows with a `text`, or any rows whose texts are used. None: the recipe's `data`."""
+
+    vocabulary: Annotated[int, Field(ge=260)] = 1024
+    """Size of the tokenizer's vocabulary, special tokens included. 260 is the least: every byte and four specials."""
+
+    context: PositiveInt = 256
+    """Longest sequence the model is made for, in tokens."""
+
+    hidden: PositiveInt = 128
+    """Width of the residual stream."""
+
+    layers: PositiveInt = 4
+    """Number of blocks."""
+
+    heads: PositiveInt = 4
+    """Attention heads; must divide `hidden`."""
+
+    steps: Annotated[int, Field(ge=0)] = 200
+    """Optimiser steps of next-token training on the corpus. 0 leaves the weights random."""
+
+    batch_size: PositiveInt = 32
+    """Sequences per step."""
+
+    sequence_length: PositiveInt = 64
+    """Tokens per sequence; the corpus is packed, documents separated by EOS."""
+
+    optim: OptimSettings = OptimSettings(lr=3e-3, warmup=0.05, schedule="cosine", betas=(0.9, 0.95))
+    """Optimiser."""
+
+    seed: int | None = None
+    """None: the recipe's seed."""
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Config:
+        if self.hidden % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide hidden {self.hidden}")
+        if self.sequence_length > self.context:
+            raise ValueError(f"sequence_length {self.sequence_length} is over context {self.context}")
+        return self
+
+
+SPEC = StageSpec(
+    kind="base",
+    version=1,
+    summary="make a small model and its tokenizer from scratch",
+    config=Config,
+    output=Kind.POLICY,
+    run="stages.base.run:run",
+    data=Role.CORPUS,
+)

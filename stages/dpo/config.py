@@ -1,0 +1,48 @@
+"""Settings of `dpo`: direct preference optimisation. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat
+
+from align.pipeline.stage import Kind, Slot, StageSpec
+from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings
+
+
+class Config(TrainingSettings):
+    """DPO (Rafailov et al. 2023) on TRL's DPOTrainer. The reference is the policy this stage starts from, frozen."""
+
+    kind: Literal["dpo"] = "dpo"
+    """Stage kind."""
+
+    policy: str | None = None
+    """What is trained. None: `sft`, else `base`, else the recipe's `model`."""
+
+    data: Data | None = None
+    """Preferences. None: the recipe's `data`."""
+
+    beta: PositiveFloat = 0.1
+    """Strength of the KL constraint: larger stays closer to the reference."""
+
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """sigmoid is DPO; hinge is SLiC; ipo is Azar et al. 2023 with TRL's per-token mean."""
+
+    optim: OptimSettings = OptimSettings(lr=1e-6, schedule="linear", warmup=0.1)
+    """Optimiser. With `lora`, about 1e-5."""
+
+    seed: int | None = None
+    """None: the recipe's seed."""
+
+
+SPEC = StageSpec(
+    kind="dpo",
+    version=1,
+    summary="direct preference optimisation from preference pairs",
+    config=Config,
+    output=Kind.POLICY,
+    run="stages.dpo.run:run",
+    data=Role.PREFERENCES,
+    inputs={"policy": Slot(Kind.POLICY, defaults=("sft", "base"))},
+    trainer_config="trl.trainer.dpo_config:DPOConfig",
+)
