@@ -37,6 +37,11 @@ class JsonLines:
                 continue
         return rows
 
+    def last_step(self) -> int:
+        """The step of the last line, 0 when there is none."""
+        rows = self.read()
+        return rows[-1]["step"] if rows else 0
+
     def truncate_after(self, step: int) -> None:
         """Drops lines beyond `step`, so that a resumed stage does not write a step twice."""
         rows = [row for row in self.read() if row["step"] <= step]

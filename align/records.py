@@ -14,6 +14,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,19 @@ from align.errors import ArtifactError, WriteError
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Input:
+    """A resolved input: a committed model folder and what identifies it."""
+
+    kind: str
+    path: str
+    fingerprint: str
+    source: str
+    """Name of the stage that made it, or the hub id or folder given by the user."""
+    revision: str | None = None
+    trust_remote_code: bool = False
 
 
 def canonical_json(value: Any) -> str:

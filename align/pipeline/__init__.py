@@ -1,1 +1,1 @@
-"""The pipeline: graph, fingerprints, plan, runner, lineage. Torch-free: a stage is loaded by name in its own process."""
+"""The pipeline: graph, fingerprints, plan, runner, lineage. Torch-free: stages load in their own process."""

@@ -1,4 +1,4 @@
-"""What a running stage is given: its inputs, folder, seeds and logs. Nothing else; no globals, no environment."""
+"""What a running stage is given: its inputs, folder, seeds and logs. No globals, no environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from align.records import committed_folder
 
 
 class StopFlag:
-    """Set by SIGTERM or Ctrl-C. A stage looks at it after every step, saves a checkpoint and raises Interrupted.
+    """Set by SIGTERM or Ctrl-C. A stage looks at it after every step, then saves and raises Interrupted.
 
     A second Ctrl-C stops at once; artifacts are safe all the same, because they appear in one rename.
     """
@@ -37,7 +37,8 @@ class StopFlag:
 class Context:
     """One stage's surroundings while it runs.
 
-    Layout of `directory`: job.json, metrics.jsonl, samples.jsonl, checkpoints/, model/ (the artifact), record.json.
+    Layout of `directory`: job.json, metrics.jsonl, samples.jsonl, checkpoints/, model/ (the artifact),
+    record.json.
     """
 
     def __init__(self, job: Job, stop: StopFlag | None = None):
@@ -60,8 +61,12 @@ class Context:
 
     def commit_model(self, **manifest: Any):
         """Context manager giving a staging folder that becomes `model/` in one step. See align.records."""
-        return committed_folder(self.model_directory, stage=self.job.stage, fingerprint=self.job.fingerprint, **manifest)
+        return committed_folder(
+            self.model_directory, stage=self.job.stage, fingerprint=self.job.fingerprint, **manifest
+        )
 
     def stop_here(self, step: int) -> None:
         """Raises Interrupted; call it once a checkpoint of `step` is on disk."""
-        raise Interrupted(f"{self.job.stage}: stopped at step {step}; a checkpoint is saved, run the same command to continue")
+        raise Interrupted(
+            f"{self.job.stage}: stopped at step {step} with a checkpoint; run the same command to continue"
+        )

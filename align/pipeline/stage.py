@@ -1,7 +1,7 @@
-"""What a stage is to the pipeline: a typed config, named inputs, one output, and the name of a function to run.
+"""What a stage is to the pipeline: a typed config, named inputs, one output, and the name of a function.
 
-There is no base class to inherit from. A stage is a folder `stages/<kind>/` whose `config.py` holds `Config` and
-`SPEC`, and whose `run.py` holds `run(config, context) -> StageResult`.
+There is no base class to inherit from. A stage is a folder `stages/<kind>/` whose `config.py` holds `Config`
+and `SPEC`, and whose `run.py` holds `run(config, context) -> StageResult`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from align.recipe.settings import Role, Settings
+from align.records import Input
 
 
 class Kind(StrEnum):
@@ -23,9 +24,9 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Slot:
-    """An input of a stage. `defaults` are the stage names tried in order when the recipe does not name a source.
+    """An input of a stage. `defaults` are the stage names tried in order when the recipe names no source.
 
-    A slot of kind POLICY falls back on the recipe's `model`; `same_as` falls back on another slot of the stage.
+    A slot of kind POLICY falls back on the recipe's `model`; `same_as` falls back on another slot.
     """
 
     kind: Kind
@@ -46,20 +47,7 @@ class StageSpec:
     data: Role | None
     inputs: Mapping[str, Slot] = field(default_factory=dict)
     trainer_config: str | None = None
-    """`package.module:Class` of the TRL config that `trainer_args` is checked against, read without importing it."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """A resolved input: a committed model folder and what identifies it."""
-
-    kind: str
-    path: str
-    fingerprint: str
-    source: str
-    """Name of the stage that made it, or the hub id or folder given by the user."""
-    revision: str | None = None
-    trust_remote_code: bool = False
+    """`package.module:Class` of the TRL config that `trainer_args` is checked against, unimported."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,7 @@ class Job:
 class StageResult:
     """What a stage reports when its artifact is committed.
 
-    `metrics` holds final numbers; an interval is a second key with the suffix `_ci95` and a [low, high] value.
+    `metrics` holds final numbers; an interval is a second key with the suffix `_ci95`, a [low, high] pair.
     `handover` is the result of the hand-over check (align.models.handover).
     """
 

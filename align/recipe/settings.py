@@ -1,7 +1,7 @@
 """Settings shared by the stages. The docstring under each field is its documentation (`align show STAGE`).
 
-Fields marked `execution` cannot change the result (logging cadence, number of checkpoints kept); they are left out of
-a stage's fingerprint, so changing one never re-runs anything.
+Fields marked `execution` cannot change the result (logging cadence, number of checkpoints kept); they are
+left out of a stage's fingerprint, so changing one never re-runs anything.
 """
 
 from __future__ import annotations
@@ -9,7 +9,15 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 
 class Settings(BaseModel):
@@ -26,7 +34,7 @@ def execution(default: Any, **constraints: Any) -> Any:
 
 
 def shorthand(key: str) -> BeforeValidator:
-    """Lets a bare string (or list) stand for `{key: value}`: `data: prefs.jsonl` is `data: {path: prefs.jsonl}`."""
+    """Lets a bare string (or list) stand for a mapping: `data: a.jsonl` is `data: {path: a.jsonl}`."""
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str | list) else value)
 
 
@@ -49,12 +57,12 @@ class DataSettings(Settings):
     """A local .jsonl, .json, .parquet or .csv file, or a list of them. Relative to the recipe's folder."""
 
     columns: dict[str, str] = {}
-    """Mapping for private files, `{our name: their column}`. Our names: prompt, response, chosen, rejected, messages,
-    system, text, instruction, input, output. Empty: the shape is detected from the columns."""
+    """Mapping for private files, `{our name: their column}`. Our names: prompt, response, chosen, rejected,
+    messages, system, text, instruction, input, output. Empty: the shape is detected from the columns."""
 
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of prompts kept out of training for the final metrics. The split is by prompt, so no prompt is on both
-    sides, and depends only on the prompt's text: stages that share prompts share the split."""
+    """Share of prompts kept out of training for the final metrics. The split is by prompt, so no prompt is on
+    both sides, and depends only on the prompt's text: stages that share prompts share the split."""
 
     held_out_path: str | list[str] | None = None
     """A separate file of held-out rows; `held_out` is then ignored."""
@@ -63,14 +71,15 @@ class DataSettings(Settings):
     """System message put before every prompt that has none."""
 
     template: Literal["auto", "chat", "plain"] = "auto"
-    """chat: prompts are rendered with the model's chat template. plain: prompt text followed directly by the response.
-    auto: chat if the model has a chat template, else plain."""
+    """chat: prompts are rendered with the model's chat template. plain: prompt text followed directly by the
+    response. auto: chat if the model has a chat template, else plain."""
 
     max_rows: PositiveInt | None = None
     """Use only the first rows of the files (after checking them)."""
 
     on_bad: Literal["error", "skip"] = "error"
-    """What to do with a malformed row: stop and name it, or leave it out, count it and write it to rejected.jsonl."""
+    """What to do with a malformed row: stop and name it, or leave it out, count it and write it to
+    rejected.jsonl."""
 
 
 Data = Annotated[DataSettings, shorthand("path")]
@@ -93,7 +102,7 @@ class ModelSettings(Settings):
     def _split_revision(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("path"), str) and "revision" not in value:
             path, _, revision = value["path"].partition("@")
-            if revision:
+            if revision and not path.startswith("/"):  # a folder's name may hold an @
                 return {**value, "path": path, "revision": revision}
         return value
 
@@ -127,7 +136,8 @@ class OptimSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021). The saved model is the effective one: adapter merged into its base."""
+    """Low-rank adapters (Hu et al. 2021). The saved model is the effective one: adapter merged into its
+    base."""
 
     rank: PositiveInt = 16
     """Rank of each update."""
@@ -156,7 +166,12 @@ class EvaluationSettings(Settings):
     """How policies are measured at the end of their stage, on held-out prompts."""
 
     gold: str | None = None
-    """`module:function` of a gold scorer `(prompts, responses) -> list of floats in 0..1` that no stage trains on."""
+    """`module:function` of a gold scorer `(prompts, responses) -> list of floats in 0..1` that no stage
+    trains on."""
+
+    data: Data | None = None
+    """Prompts that every stage is measured on and none may train on. None: each stage's own held-out
+    prompts."""
 
     prompts: PositiveInt = 256
     """Held-out prompts sampled from. Fewer are used when the held-out split has fewer."""
@@ -187,7 +202,8 @@ class TrainingSettings(Settings):
     """Longest sequence in tokens, prompt and response together. Longer rows follow `on_long`."""
 
     on_long: Literal["drop", "error"] = "drop"
-    """Rows over `max_length` are left out and counted, or stop the run. They are never cut: a cut row loses its EOS."""
+    """Rows over `max_length` are left out and counted, or stop the run. They are never cut: a cut row loses
+    its EOS."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where a GPU supports it, else float32."""
@@ -208,8 +224,8 @@ class TrainingSettings(Settings):
     """Optimiser steps between entries of samples.jsonl. None: only at the end."""
 
     trainer_args: dict[str, Any] = {}
-    """Passed to TRL's config of this stage as they are, for the arguments not modelled here. Names are checked; those
-    that align sets itself are refused."""
+    """Passed to TRL's config of this stage as they are, for the arguments not modelled here. Names are
+    checked; those that align sets itself are refused."""
 
     @model_validator(mode="after")
     def _micro_divides(self) -> TrainingSettings:
@@ -221,8 +237,8 @@ class TrainingSettings(Settings):
 
 
 class RecipeSettings(Settings):
-    """The recipe's own fields. Every other top-level key of the YAML is a stage: its name, or `kind:` inside it, is
-    the kind of stage it is."""
+    """The recipe's own fields. Every other top-level key of the YAML is a stage: its name, or `kind:` inside
+    it, is the kind of stage it is."""
 
     name: str = "run"
     """Name of the run's folder, unless --run is given."""

@@ -1,0 +1,97 @@
+"""Tables for the terminal: a run's results and a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from align.pipeline.plan import Action, Step
+
+DASH = "–"
+COLOURS = {Action.RUN: "yellow", Action.REUSE: "green", Action.RESUME: "cyan", Action.STALE: "magenta"}
+
+
+def _number(metrics: Mapping[str, Any], key: str, digits: int) -> str:
+    value = metrics.get(key)
+    if value is None:
+        return DASH
+    if not isinstance(value, int | float):
+        return escape(str(value))
+    interval = metrics.get(f"{key}_ci95")
+    if interval is None or key in WITHOUT_INTERVAL:
+        return f"{value:.{digits}f}"
+    low, high = (
+        f"{end:.{digits}f}" if isinstance(end, int | float) else escape(str(end)) for end in interval
+    )
+    return f"{value:.{digits}f} [dim]\\[{low}, {high}][/]"
+
+
+POLICY_COLUMNS: Sequence[tuple[str, str, int]] = (
+    ("gold score", "gold", 3),
+    ("KL", "kl", 2),
+    ("reward", "reward", 2),
+    ("EOS rate", "eos_rate", 2),
+    ("length", "response_length", 1),
+)
+REWARD_COLUMNS: Sequence[tuple[str, str, int]] = (("held-out accuracy", "accuracy", 3),)
+WITHOUT_INTERVAL = ("eos_rate", "response_length")
+"""Their intervals are in summary.json; six columns of intervals do not fit a terminal of 80."""
+
+
+def render_summary(summary: Mapping[str, Any]) -> RenderableType:
+    """The results of a run (summary.json): policies, then reward models. Intervals are 95%."""
+    stages: Mapping[str, Mapping[str, Any]] = summary["stages"]
+    rewards = {name: metrics for name, metrics in stages.items() if _is_reward(metrics)}
+    policies = {name: metrics for name, metrics in stages.items() if name not in rewards}
+    tables = [
+        _metrics_table(kind, columns, rows)
+        for kind, columns, rows in (
+            ("policy", POLICY_COLUMNS, policies),
+            ("reward model", REWARD_COLUMNS, rewards),
+        )
+        if rows
+    ]
+    return Group(*tables)
+
+
+def _is_reward(metrics: Mapping[str, Any]) -> bool:
+    return "accuracy" in metrics and not any(key in metrics for _, key, _ in POLICY_COLUMNS)
+
+
+def _metrics_table(
+    kind: str, columns: Sequence[tuple[str, str, int]], rows: Mapping[str, Mapping[str, Any]]
+) -> Table:
+    table = Table(kind, box=SIMPLE_HEAD)
+    for title, _, _ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, metrics in rows.items():
+        table.add_row(escape(name), *(_number(metrics, key, digits) for _, key, digits in columns))
+    return table
+
+
+def render_plan(steps: Sequence[Step]) -> Table:
+    """What each stage of a plan will do, why, and where."""
+    table = Table("stage", "action", "why", box=SIMPLE_HEAD)
+    table.add_column("folder", overflow="fold")
+    for step in steps:
+        colour = COLOURS[step.action]
+        folder = Path(step.job.directory)
+        table.add_row(
+            escape(step.job.stage),
+            f"[{colour}]{step.action}[/]",
+            escape("\n".join(step.reasons)),
+            escape(relative(folder)),
+        )
+    return table
+
+
+def relative(path: Path) -> str:
+    """The path as the user would type it: relative to the current folder where it lies below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

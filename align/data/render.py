@@ -1,0 +1,140 @@
+"""From messages to token ids: the one place where text becomes tokens, shared by every stage.
+
+SFT, reward model, DPO and PPO must see the same prompt bytes, so none of them renders by itself, and the training
+libraries only ever get token ids. What is generated is never re-tokenised for the same tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from align.data.rows import Message
+from align.errors import ArtifactError, DataError, Problem
+
+PAD_TOKEN = "<|pad|>"
+
+
+class Renderer:
+    """Renders conversations for one tokenizer.
+
+    `template` "chat" uses the tokenizer's chat template, "plain" concatenates prompt text and response, "auto" picks
+    chat when there is a template. A rendered response always ends with exactly one end-of-turn token, so the model
+    learns to stop.
+    """
+
+    def __init__(self, tokenizer: Any, template: Literal["auto", "chat", "plain"] = "auto"):
+        if template == "chat" and not tokenizer.chat_template:
+            raise ArtifactError(
+                f"{tokenizer.name_or_path}: data.template is 'chat' but the tokenizer has no chat template; "
+                "set data.template=plain, or use a model with a template"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ArtifactError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token, so no response could end")
+        self.tokenizer = tokenizer
+        self.is_chat = bool(tokenizer.chat_template) and template != "plain"
+        self.end_of_turn = self._find_end_of_turn() if self.is_chat else tokenizer.eos_token_id
+        self.stop_ids: tuple[int, ...] = tuple(sorted({self.end_of_turn, tokenizer.eos_token_id}))
+        self.pad_id: int = tokenizer.pad_token_id
+        if self.pad_id is None or self.pad_id in self.stop_ids:
+            raise ArtifactError(
+                f"{tokenizer.name_or_path}: PAD must be a token of its own, distinct from EOS, or models never learn to "
+                "stop; load the tokenizer through align.models.load"
+            )
+        self._control_texts = tuple(tokenizer.all_special_tokens)
+
+    def prompt(self, messages: Sequence[Message], source: str = "") -> list[int]:
+        """Ids of a prompt, ready for a response to follow."""
+        self._refuse_control_text(messages, source)
+        if self.is_chat:
+            return self._template(messages, add_generation_prompt=True)
+        return self.tokenizer("".join(message["content"] for message in messages))["input_ids"]
+
+    def response(self, messages: Sequence[Message], text: str, source: str = "") -> list[int]:
+        """Ids of a response to `messages`, end-of-turn token included; they follow `prompt(messages)`."""
+        if not self.is_chat:
+            self._refuse_control_text([{"role": "assistant", "content": text}], source)
+            return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_of_turn]
+        ids, mask = self.conversation([*messages, {"role": "assistant", "content": text}], source)
+        return ids[_last_run_start(mask) :]
+
+    def conversation(self, messages: Sequence[Message], source: str = "") -> tuple[list[int], list[bool]]:
+        """Ids of a conversation that ends with the assistant, and a mask of the same length that is True on every
+        assistant token, end-of-turn tokens included."""
+        if not self.is_chat:
+            prompt = self.prompt(messages[:-1], source)
+            response = self.response(messages[:-1], messages[-1]["content"], source)
+            return prompt + response, [False] * len(prompt) + [True] * len(response)
+        self._refuse_control_text(messages, source)
+        ids = self._template(messages)
+        mask = [False] * len(ids)
+        end = 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            start = self._prefix_length(messages[:index], ids, source, add_generation_prompt=True)
+            stop = self._prefix_length(messages[: index + 1], ids, source)
+            end = next((place + 1 for place in range(start, stop) if ids[place] in self.stop_ids), 0)
+            if not end:
+                raise DataError(Problem(source, "the chat template does not end the assistant's turn with a stop token"))
+            mask[start:end] = [True] * (end - start)
+        return ids[:end], mask[:end]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of response ids, without end-of-turn and other special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def without_control_text(self, text: str) -> str:
+        """Text that a model produced, without anything this tokenizer would read as a control token."""
+        for control in self._control_texts:
+            text = text.replace(control, "")
+        return text
+
+    def _template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
+        return self.tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+
+    def _prefix_length(
+        self, messages: Sequence[Message], ids: list[int], source: str, add_generation_prompt: bool = False
+    ) -> int:
+        prefix = self._template(messages, add_generation_prompt)
+        if ids[: len(prefix)] != prefix:
+            raise DataError(
+                Problem(
+                    source,
+                    "the chat template is not prefix-stable: rendering the conversation up to a turn is not a prefix of "
+                    "rendering it whole, so the loss mask would be wrong",
+                    "use a template that does not rewrite earlier turns, or data.template=plain",
+                )
+            )
+        return len(prefix)
+
+    def _find_end_of_turn(self) -> int:
+        """The special token with which the template ends an assistant turn."""
+        prompt = [{"role": "user", "content": "a"}]
+        start = len(self._template(prompt, add_generation_prompt=True))
+        ids = self._template([*prompt, {"role": "assistant", "content": "b"}])
+        special = set(self.tokenizer.all_special_ids)
+        return next((token for token in ids[start:] if token in special), self.tokenizer.eos_token_id)
+
+    def _refuse_control_text(self, messages: Sequence[Message], source: str) -> None:
+        """Special tokens written as text would be read as control tokens: a way to inject turns into a prompt."""
+        for message in messages:
+            for text in self._control_texts:
+                if text in message["content"]:
+                    raise DataError(
+                        Problem(
+                            source or "prompt",
+                            f"the text contains {text!r}, a control token of this tokenizer",
+                            "remove it from the data; it would be read as the end or start of a turn",
+                        )
+                    )
+
+
+def _last_run_start(mask: Sequence[bool]) -> int:
+    """Index where the last run of True begins; the mask ends with True."""
+    start = len(mask)
+    while start and mask[start - 1]:
+        start -= 1
+    return start

@@ -1,0 +1,79 @@
+"""Log-likelihoods of given texts, each sum divided once by the tokens it is over: never a mean of batch means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from align.evaluation.statistics import share_interval
+from align.generation.engine import left_pad
+from align.training.logprobs import response_logprobs, token_logprobs
+from align.training.masked import length_mask, masked_sum
+
+BATCH = 64
+
+
+@torch.no_grad()
+def response_logprob_sums(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, batch_size: int = BATCH
+) -> list[float]:
+    """log p(response | prompt) of each row, in nats: the sum over all response tokens, the stop token included."""
+    was_training = model.training
+    model.eval()
+    values: list[float] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        prompt_ids, prompt_mask = left_pad(prompts[rows], pad_id, model.device)
+        response_ids, valid = right_pad(responses[rows], pad_id, model.device)
+        ids = torch.cat([prompt_ids, response_ids], 1)
+        mask = torch.cat([prompt_mask, valid.long()], 1)
+        logprobs, _ = response_logprobs(model, ids, mask, response_ids.shape[1], temperature=1.0)
+        values += masked_sum(logprobs, valid, dim=1).tolist()
+    model.train(was_training)
+    return values
+
+
+@torch.no_grad()
+def token_loss(model: Any, rows: Sequence[dict[str, list[int]]], pad_id: int) -> float:
+    """Mean negative log-likelihood per trained token (label not -100) over all rows, in nats."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        ids, valid = right_pad([row["input_ids"] for row in batch], pad_id, model.device)
+        labels, _ = right_pad([row["labels"] for row in batch], -100, model.device)
+        logits = model(input_ids=ids, attention_mask=valid.long(), use_cache=False).logits[:, :-1]
+        trained = labels[:, 1:] != -100
+        total -= float(masked_sum(token_logprobs(logits, ids[:, 1:]), trained))
+        count += int(trained.sum())
+    model.train(was_training)
+    return total / count
+
+
+def preference_metrics(
+    policy: Any, reference: Any, rows: Sequence[dict[str, list[int]]], pad_id: int
+) -> dict[str, Any]:
+    """How often the policy's implicit reward log pi - log ref ranks a held-out pair right, with its interval."""
+    prompts = [row["prompt_ids"] for row in rows]
+    margins = [0.0] * len(rows)
+    for side, sign in (("chosen_ids", 1), ("rejected_ids", -1)):
+        responses = [row[side] for row in rows]
+        ours = response_logprob_sums(policy, prompts, responses, pad_id)
+        theirs = response_logprob_sums(reference, prompts, responses, pad_id)
+        margins = [margin + sign * (a - b) for margin, a, b in zip(margins, ours, theirs, strict=True)]
+    accuracy, interval = share_interval(sum(margin > 0 for margin in margins), len(margins))
+    return {"accuracy": accuracy, "accuracy_ci95": interval, "pairs": len(rows)}
+
+
+def right_pad(
+    rows: Sequence[Sequence[int]], fill: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (B, T) filled on the right, and the bool mask (B, T) of what is a row's own."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), fill)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(list(row))
+    return ids.to(device), length_mask(lengths, ids.shape[1]).to(device)

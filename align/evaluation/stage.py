@@ -1,0 +1,84 @@
+"""The end of every policy stage: measure it on held-out prompts and leave samples behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from align.data.load import load
+from align.data.render import Renderer
+from align.data.rows import Prompt
+from align.errors import DataError, Problem
+from align.evaluation.policy import RewardScorer, evaluate_policy
+from align.generation.transformers_engine import TransformersEngine
+from align.pipeline.context import Context
+from align.recipe.settings import EvaluationSettings, Role
+
+FINAL = "final"
+NUM_SHOWN = 4
+"""Prompts sampled at fixed steps of the training."""
+
+
+def held_out_prompts(
+    settings: EvaluationSettings, own: Sequence[Prompt], training: Sequence[Prompt] = ()
+) -> Sequence[Prompt]:
+    """The prompts to measure on: `evaluation.data` if the recipe names it, else the stage's own held-out prompts.
+
+    Raises DataError when a training prompt is among those of `evaluation.data`.
+    """
+    if settings.data is None:
+        return own
+    dataset = load(settings.data.model_copy(update={"held_out": 0.0}), Role.PROMPTS)
+    seen = {str(prompt.messages): prompt.source for prompt in training}
+    leaks = [(prompt.source, seen[str(prompt.messages)]) for prompt in dataset.train if str(prompt.messages) in seen]
+    if leaks:
+        raise DataError(
+            [Problem(place, f"this evaluation prompt is also trained on, at {other}", "remove one") for place, other in leaks[:20]]
+        )
+    return dataset.train
+
+
+def evaluate_stage(
+    context: Context,
+    settings: EvaluationSettings,
+    model: PreTrainedModel,
+    renderer: Renderer,
+    prompts: Sequence[Prompt],
+    reference: PreTrainedModel | None = None,
+    scorer: RewardScorer | None = None,
+) -> dict[str, Any]:
+    """Final metrics of a policy; its samples go to samples.jsonl. No held-out prompts: no metrics."""
+    if not prompts:
+        return {}
+    metrics, rows = evaluate_policy(
+        model,
+        renderer,
+        TransformersEngine(model, settings.batch_size),
+        prompts,
+        settings,
+        seed=context.seed("evaluation"),
+        reference=reference,
+        scorer=scorer,
+    )
+    for row in rows:
+        context.samples.write(context.metrics.last_step(), **{"at": FINAL, **row})
+    return metrics
+
+
+def sampler(
+    context: Context, settings: EvaluationSettings, model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Prompt]
+) -> Callable[[int], None]:
+    """A function that writes responses to the same few held-out prompts to samples.jsonl at a step of the training."""
+
+    def sample(step: int) -> None:
+        if not prompts:
+            return
+        engine = TransformersEngine(model, NUM_SHOWN)
+        few = settings.model_copy(update={"prompts": NUM_SHOWN})
+        _, rows = evaluate_policy(model, renderer, engine, prompts, few, seed=context.seed("samples"))
+        for row in rows:
+            context.samples.write(step, at="training", **row)
+
+    return sample

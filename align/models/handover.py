@@ -1,0 +1,126 @@
+"""The hand-over check: what was saved is what was trained, and what is loaded is what was saved.
+
+After a stage has saved its model, the folder is loaded afresh with plain `from_pretrained` and must give the same
+log-probabilities (policy) or scores (reward model) on probe rows as the trained model, adapter and all, gave in
+memory. The probe rows and their values travel with the model in `probes.json`; the next stage repeats the check on
+what it has loaded, so a dropped adapter, a lost reward head or a re-initialised embedding stops the chain.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from align.data.render import Renderer
+from align.errors import ArtifactError
+from align.models.load import OFFSET_FIELD, disable_dropout
+from align.models.reward import score_sequences
+from align.records import fingerprint
+
+PROBES_FILE = "probes.json"
+NUM_PROBES = 8
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+"""Largest difference allowed, in nats per sequence or in units of the score, by weight dtype. The same weights in the
+same code differ by 0; a merged adapter is rounded once more, which over a sequence adds up to these."""
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> dict[str, Any]:
+    """What must agree between the stages that meet at a model."""
+    return {
+        "vocabulary": fingerprint(tokenizer.get_vocab()),
+        "chat_template": fingerprint(tokenizer.chat_template or ""),
+        "pad_id": renderer.pad_id,
+        "stop_ids": list(renderer.stop_ids),
+    }
+
+
+@torch.no_grad()
+def probe_values(model: Any, probes: Sequence[Sequence[int]], *, is_reward: bool) -> list[float]:
+    """One number per probe, computed without padding through the library's own forward: the score of a reward model,
+    or the sum of the log-probabilities of all tokens after the first."""
+    was_training = model.training
+    model.eval()
+    values = []
+    for probe in probes:
+        ids = torch.tensor([list(probe)], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        if is_reward:
+            values.append(float(logits[0, 0]) + getattr(model.config, OFFSET_FIELD, 0.0))
+        else:
+            values.append(float(logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()))
+    model.train(was_training)
+    return values
+
+
+def verify_saved(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
+    probes: Sequence[list[int]],
+    expected: Sequence[float],
+    *,
+    dtype: torch.dtype,
+    is_reward: bool,
+) -> dict[str, Any]:
+    """Loads a saved model with plain `from_pretrained` and compares its probe values with those of the trained model.
+
+    Stores the probes in the folder and returns the result for the record. Raises ArtifactError when they differ by
+    more than the bound.
+    """
+    auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+    loaded = auto_class.from_pretrained(folder, dtype=dtype)
+    disable_dropout(loaded)
+    what = f"{folder.name}: the saved model, loaded afresh,"
+    result: dict[str, Any] = {
+        "probes": len(probes),
+        "bound": BOUNDS[dtype],
+        "largest_difference": _compare(probe_values(loaded, probes, is_reward=is_reward), expected, dtype, what),
+        "tokenizer": tokenizer_identity(tokenizer, renderer),
+    }
+    if is_reward:  # our pooling by length, in one padded batch, against the library's
+        with torch.no_grad():
+            batched = score_sequences(loaded.eval(), probes, renderer.pad_id).tolist()
+        result["padded_difference"] = _compare(batched, expected, dtype, f"{what} scored in a padded batch,")
+    content = {
+        "tokenizer": result["tokenizer"],
+        "probes": [list(probe) for probe in probes],
+        "values": list(expected),
+        "is_reward": is_reward,
+    }
+    (folder / PROBES_FILE).write_text(json.dumps(content), encoding="utf-8")
+    return result
+
+
+def verify_loaded(
+    model: Any, folder: str, tokenizer: PreTrainedTokenizerBase, renderer: Renderer, source: str
+) -> float | None:
+    """Repeats the check on a model that a later stage has loaded. Returns the largest difference, None for a model
+    that carries no probes (one that align did not make)."""
+    path = Path(folder) / PROBES_FILE
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    identity = tokenizer_identity(tokenizer, renderer)
+    for key, value in stored["tokenizer"].items():
+        if identity[key] != value:
+            raise ArtifactError(
+                f"{source}: {folder}: the tokenizer's {key} is not what it was when the model was saved; "
+                "was the folder edited, or does data.template differ between the stages?"
+            )
+    values = probe_values(model, stored["probes"], is_reward=stored["is_reward"])
+    return _compare(values, stored["values"], model.dtype, f"{source}: {folder}: the loaded model")
+
+
+def _compare(values: Sequence[float], expected: Sequence[float], dtype: torch.dtype, what: str) -> float:
+    difference = max(abs(value - other) for value, other in zip(values, expected, strict=True))
+    if not difference <= BOUNDS[dtype]:
+        raise ArtifactError(
+            f"{what} differs from the model that was trained by {difference:.3g} on a probe row (bound {BOUNDS[dtype]:g}): "
+            "weights were lost or changed on the way"
+        )
+    return difference

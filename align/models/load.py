@@ -1,0 +1,131 @@
+"""Loading models and tokenizers. A weight that is missing from the folder is an error, never silently random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from align.data.render import PAD_TOKEN
+from align.errors import ArtifactError
+from align.records import Input
+
+OFFSET_FIELD = "reward_offset"
+"""Name in config.json of what is added to the head's output; see align.models.reward."""
+
+
+def local_folder(source: Input) -> str:
+    """The folder of an input, downloading a hub id at its pinned revision (safetensors and text files only)."""
+    if Path(source.path).is_dir():
+        return source.path
+    return snapshot_download(
+        source.path,
+        revision=source.revision,
+        allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if source.trust_remote_code else [])],
+    )
+
+
+def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
+    """The tokenizer of an input, with a PAD token of its own.
+
+    PAD must differ from EOS: sequence classification pools at the last token that is not PAD, and collators mask PAD.
+    A new PAD needs no embedding row that is ever read, because masks come from lengths.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(local_folder(source), trust_remote_code=source.trust_remote_code)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return tokenizer
+
+
+def load_policy(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model, dropout off, its embeddings covering the tokenizer."""
+    return _load(AutoModelForCausalLM, source, tokenizer, dtype)
+
+
+def load_reward(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    """A reward model (sequence classification, one label), dropout off. Its head must be in the folder."""
+    return _load(AutoModelForSequenceClassification, source, tokenizer, dtype, num_labels=1)
+
+
+def new_reward(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    """A reward model on a policy's backbone, with a new head drawn from N(0, 1/(d+1)) (Ziegler et al. 2019; the
+    variance, so the standard deviation is 1/sqrt(d+1))."""
+    model = _load(AutoModelForSequenceClassification, source, tokenizer, dtype, new_head=True, num_labels=1)
+    head = model.score.weight
+    torch.nn.init.normal_(head, std=(head.shape[1] + 1) ** -0.5)
+    return model
+
+
+def critic_from_reward(reward: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    """A value model (token classification, one label, with a bias) whose output at a token is the reward model's
+    normalised score there: head and offset are taken from the reward model."""
+    critic = _new_critic(reward, tokenizer, dtype)
+    source = load_reward(reward, tokenizer, dtype)
+    with torch.no_grad():
+        critic.score.weight.copy_(source.score.weight)
+        critic.score.bias.fill_(getattr(source.config, OFFSET_FIELD, 0.0))
+    return critic
+
+
+def critic_from_policy(policy: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    """A value model on a policy's backbone, 0 everywhere at first: for a reward model with another tokenizer."""
+    critic = _new_critic(policy, tokenizer, dtype)
+    torch.nn.init.zeros_(critic.score.weight)
+    torch.nn.init.zeros_(critic.score.bias)
+    return critic
+
+
+def _new_critic(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    return _load(AutoModelForTokenClassification, source, tokenizer, dtype, new_head=True, num_labels=1)
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Sets every dropout to 0, in train mode too: the ratio of new to old policy must be 1 at the first step."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def _load(
+    auto_class: Any,
+    source: Input,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    *,
+    new_head: bool = False,
+    **config: Any,
+) -> PreTrainedModel:
+    folder = local_folder(source)
+    try:
+        model, report = auto_class.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+            **config,
+        )
+    except OSError as error:
+        raise ArtifactError(f"{source.source}: cannot load {folder}: {str(error).splitlines()[0]}") from error
+    missing = {key for key in report["missing_keys"] if not (new_head and key.startswith("score."))}
+    if missing or report["mismatched_keys"]:
+        names = ", ".join(sorted(missing)[:5]) or str(report["mismatched_keys"][:5])
+        raise ArtifactError(
+            f"{source.source}: {folder} does not hold all weights of a {type(model).__name__}: {names}; "
+            "they would be random. Is it the right kind of model?"
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    disable_dropout(model)
+    return model

@@ -1,0 +1,49 @@
+"""Low-rank adapters. What a stage hands on is always the effective model: base and adapter merged.
+
+The adapter itself is kept beside it (`model/adapter/`) for those who serve many adapters on one base.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import PreTrainedModel
+
+from align.recipe.settings import LoraSettings
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings, *, is_reward: bool = False) -> PeftModel:
+    """Wraps a model with fresh adapters (B = 0, so it computes the same as before). A reward model's head is trained
+    in full and saved with the adapter: a head left out of an adapter is the field's most repeated hand-over bug."""
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS if is_reward else TaskType.CAUSAL_LM,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        modules_to_save=["score"] if is_reward else None,
+    )
+    return get_peft_model(model, config)
+
+
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The effective model: adapters merged into the base weights, or the model itself when it has none.
+
+    Raises ValueError when an adapter holds non-finite values.
+    """
+    if isinstance(model, PeftModel):
+        return model.merge_and_unload(safe_merge=True)
+    return model
+
+
+def save_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Writes the adapter beside the effective model; call it before merging. Nothing for a model without one."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder / "adapter"))
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

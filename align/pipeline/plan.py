@@ -1,0 +1,202 @@
+"""What a run will do and why: each stage is run, reused, resumed, or stale. Writes only the hash cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from align.data.load import load
+from align.errors import ArtifactError, ConfigError, DataError, Problem
+from align.pipeline.external import HashCache
+from align.pipeline.fingerprint import make_jobs
+from align.pipeline.folders import JOB, content, newest_checkpoint, newest_record, read_record
+from align.pipeline.graph import Node, build_graph
+from align.pipeline.reasons import changes
+from align.pipeline.stage import Job
+from align.recipe.load import Recipe
+from align.recipe.nearest import did_you_mean
+from align.records import MANIFEST, read_manifest
+
+
+class Action(StrEnum):
+    """What happens to a stage."""
+
+    RUN = "run"
+    REUSE = "reuse"
+    RESUME = "resume"
+    STALE = "stale"
+    """Runs again because something it depends on changed; results made before stay where they are."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a plan."""
+
+    node: Node
+    job: Job
+    action: Action
+    reasons: list[str]
+
+    @property
+    def runs(self) -> bool:
+        """Whether a process will be started."""
+        return self.action is not Action.REUSE
+
+    def consumes(self, other: Step) -> bool:
+        """Whether an input of this stage is the other's artifact."""
+        return any(
+            source.model is None and source.name == other.job.stage for source in self.node.inputs.values()
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run in order."""
+
+    recipe: Recipe
+    run_dir: Path
+    steps: list[Step]
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as plain JSON, for `align plan --json`."""
+        stages = [
+            {
+                "stage": step.job.stage,
+                "kind": step.job.kind,
+                "action": str(step.action),
+                "reasons": step.reasons,
+                "fingerprint": step.job.fingerprint,
+                "directory": step.job.directory,
+                "inputs": {
+                    slot: {"source": value.source, "path": value.path, "fingerprint": value.fingerprint}
+                    for slot, value in step.job.inputs.items()
+                },
+            }
+            for step in self.steps
+        ]
+        recipe = str(self.recipe.path) if self.recipe.path else None
+        return {"run": self.run_dir.name, "recipe": recipe, "directory": str(self.run_dir), "stages": stages}
+
+
+def make_plan(
+    recipe: Recipe,
+    requested: Sequence[str],
+    run_dir: Path,
+    force: Collection[str] = (),
+    *,
+    verify: bool = False,
+) -> Plan:
+    """Decides what each stage needs. No `requested` means every stage of the recipe.
+
+    `verify` reads every byte of what a running stage will consume; without it sizes are compared. Raises
+    ConfigError, DataError or ArtifactError before anything is started.
+    """
+    nodes = build_graph(recipe, requested)
+    _check_force(force, nodes)
+    cache = HashCache(run_dir.parent)
+    jobs = make_jobs(recipe.settings, nodes, run_dir, cache)
+    cache.save()
+    steps = [decide(node, job, forced=job.stage in force) for node, job in zip(nodes, jobs, strict=True)]
+    steps = _settle(steps, {*(requested or [node.name for node in nodes]), *force}, verify)
+    check_data(steps)
+    return Plan(recipe, run_dir, steps)
+
+
+def decide(node: Node, job: Job, *, forced: bool = False, verify: bool = False) -> Step:
+    """What one stage needs, from what lies in its folder."""
+    directory = Path(job.directory)
+    record = read_record(directory)
+    if forced:
+        return Step(node, job, Action.RUN, ["forced"])
+    if record is not None and record["fingerprint"] == job.fingerprint:
+        try:
+            read_manifest(directory / "model", hashes=verify)
+        except ArtifactError as error:
+            return Step(node, job, Action.RUN, [f"damaged: {error}"])
+        remade = _remade_inputs(job, record)
+        return (
+            Step(node, job, Action.STALE, remade) if remade else Step(node, job, Action.REUSE, ["up to date"])
+        )
+    if (directory / JOB).exists():
+        step = newest_checkpoint(directory)
+        if step is None:
+            return Step(node, job, Action.RUN, ["interrupted before its first checkpoint: starts again"])
+        return Step(node, job, Action.RESUME, [f"interrupted at step {step}: resumes from checkpoint"])
+    previous = newest_record(directory.parent)
+    if previous is None:
+        return Step(node, job, Action.RUN, ["not run before"])
+    sources = {slot: value.source for slot, value in job.inputs.items()}
+    return Step(node, job, Action.STALE, changes(previous["identity"], job.identity, sources))
+
+
+def _remade_inputs(job: Job, record: dict[str, Any]) -> list[str]:
+    """Inputs with the fingerprint this result was made from but other bytes, since they were made again."""
+    remade = []
+    for slot, value in job.inputs.items():
+        then, now = record["inputs"][slot]["content"], content(Path(value.path))
+        if then and now and then != now:
+            remade.append(
+                f"input {slot} ({value.source}): made again with another result ({then[:8]} -> {now[:8]})"
+            )
+    return remade
+
+
+def _settle(steps: Sequence[Step], wanted: Collection[str], verify: bool) -> list[Step]:
+    """From the last stage back: verifies what running stages consume, and leaves out what nobody needs."""
+    settled: list[Step] = []
+    for step in reversed(steps):
+        users = [other for other in settled if other.runs and other.consumes(step)]
+        if not step.runs and users and verify:
+            step = decide(step.node, step.job, verify=True)
+        if step.runs and not users and step.job.stage not in wanted:
+            continue  # everything that would consume it is up to date
+        if step.runs and verify:
+            _verify_external(step)
+        settled.insert(0, step)
+    return [_with_caveat(step, settled) for step in settled]
+
+
+def _with_caveat(step: Step, steps: Sequence[Step]) -> Step:
+    remade = [other.job.stage for other in steps if other.runs and step.consumes(other)]
+    if step.runs or not remade:
+        return step
+    return replace(step, reasons=[f"up to date, if {' and '.join(remade)} comes out the same"])
+
+
+def _verify_external(step: Step) -> None:
+    """Raises ArtifactError if a folder that align made in another run was damaged since."""
+    for slot, source in step.node.inputs.items():
+        folder = Path(step.job.inputs[slot].path)
+        if source.model is not None and (folder / MANIFEST).exists():
+            read_manifest(folder, hashes=True)
+
+
+def check_data(steps: Sequence[Step]) -> None:
+    """Reads and checks the data of every stage that will run. Raises DataError with all problems."""
+    problems: list[Problem] = []
+    seen: set[tuple[str, str]] = set()
+    for node in [step.node for step in steps if step.runs]:
+        if (
+            node.data is None
+            or node.spec.data is None
+            or (key := (node.data.model_dump_json(), node.spec.data)) in seen
+        ):
+            continue
+        seen.add(key)
+        try:
+            load(node.data, node.spec.data)
+        except DataError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise DataError(problems)
+
+
+def _check_force(force: Collection[str], nodes: Sequence[Node]) -> None:
+    names = [node.name for node in nodes]
+    unknown = [name for name in force if name not in names]
+    if unknown:
+        what = "no such stage in this run"
+        raise ConfigError([Problem(f"--force {name}", what, did_you_mean(name, names)) for name in unknown])

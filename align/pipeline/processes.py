@@ -1,0 +1,39 @@
+"""Processes of stages: they do not outlive their parent, and signals reach those that can save."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Asks Linux to kill this process once its parent is gone; exits if it already is.
+
+    SIGKILL, because a process stuck in native code would not look at anything softer. Artifacts and
+    checkpoints are whole or absent whenever it comes.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def signal_workers(pid: int, number: int, *, launched: bool) -> None:
+    """Sends a signal to the stage's process, or to those that a launcher started.
+
+    Not to the launcher itself, which would die and take them along before they save, and not to the whole
+    process group: helpers of a stage (data loaders, engines) must live until it has saved.
+    """
+    try:
+        workers = psutil.Process(pid).children() if launched else []
+        for process in workers or [psutil.Process(pid)]:
+            process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return

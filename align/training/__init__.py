@@ -1,0 +1,1 @@
+"""What the trainers share: masked statistics and log-probabilities."""

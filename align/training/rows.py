@@ -1,0 +1,72 @@
+"""From canonical rows to the token rows that trainers take, with every row that is left out counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from align.data.render import Renderer
+from align.data.rows import Demonstration, Preference, Prompt
+from align.errors import DataError, Problem
+from align.recipe.settings import TrainingSettings
+
+Row = TypeVar("Row")
+TokenRow = dict[str, list[int]]
+MAX_SHOWN = 20
+
+
+def demonstration_row(renderer: Renderer, row: Demonstration) -> TokenRow:
+    """input_ids and labels; labels are -100 wherever the assistant is not speaking."""
+    ids, mask = renderer.conversation(row.messages, row.source)
+    return {
+        "input_ids": ids,
+        "labels": [token if counts else -100 for token, counts in zip(ids, mask, strict=True)],
+    }
+
+
+def preference_row(renderer: Renderer, row: Preference) -> TokenRow:
+    """prompt_ids, chosen_ids and rejected_ids; both responses end with the end-of-turn token."""
+    return {
+        "prompt_ids": renderer.prompt(row.prompt, row.source),
+        "chosen_ids": renderer.response(row.prompt, row.chosen, row.source),
+        "rejected_ids": renderer.response(row.prompt, row.rejected, row.source),
+    }
+
+
+def token_rows(
+    rows: Sequence[Row], convert: Callable[[Row], TokenRow], config: TrainingSettings, stage: str
+) -> tuple[list[TokenRow], int]:
+    """Converted rows that fit `max_length`, and how many did not.
+
+    Raises DataError when a row does not fit and `on_long` is error, or when none is left.
+    """
+    kept: list[TokenRow] = []
+    problems: list[Problem] = []
+    for row in rows:
+        converted = convert(row)
+        length = _longest(converted)
+        if length <= config.max_length:
+            kept.append(converted)
+        else:
+            problems.append(Problem(row.source, f"{length} tokens, max_length is {config.max_length}"))  # type: ignore[attr-defined]
+    if problems and config.on_long == "error":
+        raise DataError(problems[:MAX_SHOWN])
+    if rows and not kept:
+        raise DataError(
+            Problem(stage, f"none of {len(rows)} rows fits max_length {config.max_length}", "raise it; " + str(problems[0]))
+        )
+    return kept, len(problems)
+
+
+def prompt_rows(renderer: Renderer, prompts: Sequence[Prompt], limit: int) -> tuple[list[list[int]], int]:
+    """Ids of each different prompt of at most `limit` tokens, in order, and how many were too long. Prompts are never
+    cut: a cut question has another answer."""
+    unique = dict.fromkeys(tuple(renderer.prompt(prompt.messages, prompt.source)) for prompt in prompts)
+    kept = [list(ids) for ids in unique if len(ids) <= limit]
+    return kept, len(unique) - len(kept)
+
+
+def _longest(row: dict[str, Any]) -> int:
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))

@@ -1,0 +1,182 @@
+"""What every stage on a Hugging Face or TRL trainer shares: arguments, crash-safe checkpoints, guards, reporting.
+
+The library's own trainers write checkpoints in place, resume from the highest number whether whole or not, log a NaN
+loss as 0 and train on. `CommittedTrainer` replaces those parts and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from align.errors import NumericError
+from align.pipeline.context import Context
+from align.recipe.settings import OptimSettings, TrainingSettings
+from align.records import committed_folder
+from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
+from align.training.progress import StageProgress
+
+SAVED_BY_TRAINER = "training_args.bin"
+"""A pickle that the trainer writes into every checkpoint; it can hold tokens, and nothing reads it."""
+
+
+def training_dtype(precision: str) -> torch.dtype:
+    """The dtype of the forward pass for a recipe's `precision`."""
+    if precision == "auto":
+        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if supported else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def optimiser_arguments(optim: OptimSettings) -> dict[str, Any]:
+    """Our optimiser settings in the trainer's vocabulary."""
+    return {
+        "learning_rate": optim.lr,
+        "lr_scheduler_type": optim.schedule if optim.schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": optim.warmup,  # below 1: a share of all steps
+        "adam_beta1": optim.betas[0],
+        "adam_beta2": optim.betas[1],
+        "adam_epsilon": optim.eps,
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.max_grad_norm,
+    }
+
+
+def trainer_arguments(config: TrainingSettings, context: Context, optim: OptimSettings, rows: int) -> dict[str, Any]:
+    """Arguments common to TRL's configs. Everything the library would otherwise decide by itself is decided here."""
+    world = max(1, int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1)
+    micro = config.micro_batch_size or max(1, config.batch_size // world)
+    steps = config.max_steps or max(1, math.ceil(rows * config.epochs / config.batch_size))
+    use_cuda = torch.cuda.is_available()
+    return {
+        **housekeeping_arguments(context),
+        **optimiser_arguments(optim),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": config.batch_size // (micro * world),
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "bf16": use_cuda and training_dtype(config.precision) is torch.bfloat16,
+        "save_steps": config.checkpoint.every_steps or max(1, math.ceil(steps / 10)),
+        "logging_steps": config.log_every,
+        **config.trainer_args,
+    }
+
+
+def housekeeping_arguments(context: Context) -> dict[str, Any]:
+    """Arguments that do not touch the maths."""
+    return {
+        "output_dir": str(context.checkpoints),
+        "seed": context.seed("training"),
+        "data_seed": context.seed("data"),
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "steps",
+        "report_to": list(context.job.track) or "none",
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+class CommittedTrainer(Trainer):
+    """Mixin before a trainer class: checkpoints are whole or absent, and a non-finite loss never reaches the weights."""
+
+    context: Context
+    keep_checkpoints: int
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass. Raises NumericError before the optimiser step when the loss is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            raise NumericError(
+                f"{self.context.job.stage}: the loss is {float(loss)} at step {self.state.global_step + 1}; nothing was "
+                "updated with it. Lower optim.lr, or look at the rows of that step"
+            )
+        return loss
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        with committed_folder(checkpoint_folder(self.context.checkpoints, step), step=step) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            (folder / SAVED_BY_TRAINER).unlink(missing_ok=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        keep_newest(self.context.checkpoints, self.keep_checkpoints)
+
+
+class Reporter(TrainerCallback):
+    """Writes metrics.jsonl, moves the progress bar, takes samples, and stops cleanly on a signal."""
+
+    def __init__(
+        self,
+        context: Context,
+        progress: StageProgress,
+        shown: dict[str, str],
+        sample: Callable[[int], None] | None = None,
+        samples_every: int | None = None,
+    ):
+        self.context, self.progress, self.shown = context, progress, shown
+        self.sample, self.samples_every = sample, samples_every
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """One line of metrics."""
+        numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        if not state.is_world_process_zero or "train_runtime" in numbers:
+            return
+        self.context.metrics.write(state.global_step, **numbers)
+        shown = {name: numbers[key] for key, name in self.shown.items() if key in numbers}
+        self.progress.show(state.global_step, **shown)
+        norm = numbers.get("grad_norm", 0.0)
+        if not math.isfinite(norm):
+            raise NumericError(f"{self.context.job.stage}: the gradient norm is {norm} at step {state.global_step}")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Samples at fixed steps; after a signal, one last checkpoint."""
+        self.progress.show(state.global_step)
+        if self.sample and self.samples_every and state.global_step % self.samples_every == 0:
+            self.sample(state.global_step)
+        if self.context.stop.is_set:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def run_training(
+    trainer: CommittedTrainer,
+    context: Context,
+    *,
+    keep_checkpoints: int,
+    shown: dict[str, str],
+    sample: Callable[[int], None] | None = None,
+    samples_every: int | None = None,
+) -> None:
+    """Trains to the end, from the newest checkpoint that verifies if there is one.
+
+    `shown` maps metric names to the short names of the progress bar. Raises Interrupted after a signal, with a
+    checkpoint on disk, and NumericError on a non-finite loss or gradient.
+    """
+    trainer.context, trainer.keep_checkpoints = context, keep_checkpoints
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    found = newest_valid(context.checkpoints)
+    context.metrics.truncate_after(found[0] if found else 0)
+    context.samples.truncate_after(found[0] if found else 0)
+    with StageProgress(context.job.stage, trainer.args.max_steps, "steps") as progress:
+        trainer.add_callback(Reporter(context, progress, shown, sample, samples_every))
+        trainer.train(resume_from_checkpoint=str(found[1]) if found else None)
+    step = trainer.state.global_step
+    if context.stop.is_set and step < trainer.args.max_steps:
+        context.stop_here(step)
+
+

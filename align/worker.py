@@ -1,0 +1,186 @@
+"""The process of one stage: `python -m align.worker STAGE_DIR`. Started by align.pipeline.runner.
+
+It reads job.json, runs the stage, and writes record.json last: without a record the stage does not exist.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from align.errors import AlignError, ConfigError, DistributedError, WriteError
+from align.pipeline.context import Context, StopFlag
+from align.pipeline.folders import LOG, RECORD, RECORD_SCHEMA, Order, content, read_order, write_failure
+from align.pipeline.processes import die_with_parent
+from align.pipeline.stage import StageResult
+from align.records import read_manifest, remove_folder, write_json
+
+PACKAGES = (
+    "align-rlhf",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "deepspeed",
+    "vllm",
+)
+
+
+def main(directory: Path) -> int:
+    """Runs the stage whose folder this is; returns the exit code."""
+    die_with_parent(os.getppid())
+    stop = StopFlag()
+    stop.install()
+    try:
+        run_stage(directory, stop)
+    except AlignError as error:
+        return _fail(directory, error.exit_code, str(error))
+    except KeyboardInterrupt:
+        return _fail(directory, 130, "stopped at once by a second Ctrl-C")
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return _fail(directory, WriteError.exit_code, f"{error.filename or directory}: the disk is full")
+        return _fail(directory, 1, traceback.format_exc())
+    except Exception:
+        return _fail(directory, 1, traceback.format_exc())
+    return 0
+
+
+def run_stage(directory: Path, stop: StopFlag) -> None:
+    """Runs the stage and, on the first process, writes its record and removes its checkpoints."""
+    if sys.flags.optimize:
+        raise ConfigError(
+            "python -O (or PYTHONOPTIMIZE) removes checks that stages rely on; start without it"
+        )
+    world_size = _check_world_size()
+    order = read_order(directory)
+    config = _named(order.config_class).model_validate(order.job.config)
+    context = Context(order.job, stop)
+    # Taken now: what the inputs hold while they are read, not what they may hold hours later.
+    contents = {slot: content(Path(value.path)) for slot, value in order.job.inputs.items()}
+    started = time.time()
+    result: StageResult = _named(order.run)(config, context)
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_json(directory / RECORD, _record(order, result, contents, started, world_size))
+        if context.checkpoints.exists():
+            remove_folder(context.checkpoints)
+
+
+def _check_world_size() -> int:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = int(os.environ.get("ALIGN_WORLD_SIZE", size))
+    if size != wanted:
+        raise DistributedError(
+            f"{wanted} processes were asked for and {size} started; check the launcher's arguments "
+            "(`accelerate launch --cpu` starts one process whatever --num_processes says)"
+        )
+    return size
+
+
+def _named(path: str) -> Any:
+    """The object called `package.module:name`."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _record(
+    order: Order, result: StageResult, contents: dict[str, str | None], started: float, world_size: int
+) -> dict[str, Any]:
+    job, ended = order.job, time.time()
+    model = Path(job.directory) / "model"
+    return {
+        "schema": RECORD_SCHEMA,
+        "stage": job.stage,
+        "kind": job.kind,
+        "version": job.version,
+        "output": order.output,
+        "fingerprint": job.fingerprint,
+        "identity": job.identity,
+        "inputs": {slot: {**asdict(value), "content": contents[slot]} for slot, value in job.inputs.items()},
+        "config": job.config,
+        "evaluation": job.evaluation,
+        "data": (job.identity["data"] or {}).get("content"),
+        "seed": job.seed,
+        "metrics": _plain(result.metrics),
+        "handover": _plain(result.handover),
+        "files": read_manifest(model)["files"],
+        "started": _timestamp(started),
+        "ended": _timestamp(ended),
+        "seconds": round(ended - started, 3),
+        "versions": _versions(),
+        "hardware": _hardware(),
+        "world_size": world_size,
+        "git": _git_commit(),
+        "command": order.command,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The value as strict JSON: NaN and infinities become "NaN", "Infinity" and "-Infinity", never hidden."""
+    return json.loads(json.dumps(value), parse_constant=str)
+
+
+def _timestamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _hardware() -> dict[str, Any]:
+    torch = sys.modules.get("torch")  # a stage that did not need it is not made to import it
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if torch else []
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}
+
+
+def _git_commit() -> str | None:
+    """Commit of align's own checkout, with `+changes` if files differ; None when installed as a package."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        commit, status = (
+            subprocess.run(
+                ["git", "-C", checkout, *command], capture_output=True, text=True, timeout=10, check=True
+            )
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "align", "stages"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _fail(directory: Path, exit_code: int, message: str) -> int:
+    print(message, file=sys.stderr, flush=True)
+    write_failure(directory, exit_code, message)
+    try:
+        with (directory / LOG).open("a", encoding="utf-8") as stream:
+            stream.write(f"{_timestamp(time.time())} exit code {exit_code}\n{message}\n")
+    except OSError:
+        print(f"{directory / LOG}: cannot write", file=sys.stderr)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

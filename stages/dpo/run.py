@@ -1,0 +1,71 @@
+"""Direct preference optimisation on TRL's DPOTrainer, which gets token ids and decides nothing about text."""
+
+from __future__ import annotations
+
+from datasets import Dataset as RowDataset
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer
+
+from align.data.load import load
+from align.data.rows import Prompt
+from align.evaluation.likelihood import preference_metrics
+from align.evaluation.stage import evaluate_stage, held_out_prompts, sampler
+from align.models.handover import NUM_PROBES
+from align.models.lora import add_lora, trainable_parameters
+from align.models.opened import commit_policy, open_policy
+from align.pipeline.context import Context
+from align.pipeline.stage import StageResult
+from align.recipe.settings import EvaluationSettings, Role
+from align.training.rows import preference_row, token_rows
+from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
+from stages.dpo.config import Config
+
+
+class PreferenceTrainer(CommittedTrainer, DPOTrainer):
+    """TRL's trainer with our checkpoints and guards."""
+
+
+def run(config: Config, context: Context) -> StageResult:
+    """Loads the policy twice (trained, frozen reference), trains on pairs, commits, measures."""
+    set_seed(context.seed("weights"))
+    assert config.data is not None
+    dataset = load(config.data, Role.PREFERENCES)
+    opened = open_policy(context.input("policy"), config.data.template)
+    reference = open_policy(context.input("policy"), config.data.template).model
+
+    def convert(row):  # one conversion for both splits
+        return preference_row(opened.renderer, row)
+
+    train, too_long = token_rows(dataset.train, convert, config, context.job.stage)
+    held_out, _ = token_rows(dataset.held_out, convert, config, context.job.stage)
+    evaluation = EvaluationSettings.model_validate(context.job.evaluation)
+    own = [Prompt(row.prompt, row.source) for row in dataset.held_out]
+    prompts = held_out_prompts(evaluation, own, [Prompt(row.prompt, row.source) for row in dataset.train])
+
+    model = add_lora(opened.model, config.lora) if config.lora else opened.model
+    arguments = trainer_arguments(config, context, config.optim, len(train))
+    trainer = PreferenceTrainer(
+        model=model,
+        # With adapters TRL switches them off to get the reference: exact, because they are fresh (B = 0).
+        ref_model=None if config.lora else reference,
+        args=DPOConfig(**arguments, max_length=None, beta=config.beta, loss_type=[config.loss]),
+        train_dataset=RowDataset.from_list(train),
+        processing_class=opened.tokenizer,
+    )
+    run_training(
+        trainer,
+        context,
+        keep_checkpoints=config.checkpoint.keep,
+        shown={"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"},
+        sample=sampler(context, evaluation, model, opened.renderer, prompts),
+        samples_every=config.samples_every,
+    )
+    probes = [row["prompt_ids"] + row["chosen_ids"] for row in (held_out or train)[:NUM_PROBES]]
+    trained = trainable_parameters(model)
+    policy, handover = commit_policy(context.commit_model(), model, opened, probes)
+    reference.to(policy.device)
+    metrics = evaluate_stage(context, evaluation, policy, opened.renderer, prompts, reference)
+    if held_out:
+        metrics |= preference_metrics(policy, reference, held_out, opened.renderer.pad_id)
+    counts = {"rows": len(train), "rows_too_long": too_long, "rows_skipped": len(dataset.report.skipped)}
+    return StageResult({**metrics, "trained_parameters": trained, **counts}, handover)

@@ -1,0 +1,47 @@
+"""Estimators of KL(policy || reference) from sampled tokens (Schulman 2020, "Approximating KL divergence").
+
+Per token, with x = log pi - log ref at a token drawn from pi: E[k1] = E[k3] = KL; k2 is biased. Only k1
+belongs in the reward: its score-function gradient is that of the KL, while k2, k3 and |k1| have another fixed
+point. k3 is measured next to it, because the two means can only disagree if the tokens were not drawn from
+pi.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from align.training.masked import Reduce, identity, masked_sum, moments
+
+
+def k1(logp: Tensor, logp_ref: Tensor) -> Tensor:
+    """log pi - log ref, any shape. Signed, unclamped."""
+    return logp - logp_ref
+
+
+def k2(logp: Tensor, logp_ref: Tensor) -> Tensor:
+    """(log pi - log ref)^2 / 2, any shape. As a loss its gradient is that of the KL."""
+    return k1(logp, logp_ref).square() / 2
+
+
+def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
+    """ref/pi - 1 - log(ref/pi), any shape; never negative."""
+    x = k1(logp, logp_ref)
+    return torch.expm1(-x) + x
+
+
+def summary(logp: Tensor, logp_ref: Tensor, mask: Tensor, reduce: Reduce = identity) -> dict[str, float]:
+    """KL per sequence: the sum over a row's tokens, then the mean over all rows. Tensors are (B,T).
+
+    `kl_se` and `kl_gap_se` are standard errors: of the k1 mean, and of the difference of the k1 and k3 means
+    (the rows are the same, so the difference has an error of its own).
+    """
+    by_k1 = moments(masked_sum(k1(logp, logp_ref), mask, dim=1), reduce=reduce)
+    by_k3 = moments(masked_sum(k3(logp, logp_ref), mask, dim=1), reduce=reduce)
+    gap = moments(masked_sum(k1(logp, logp_ref) - k3(logp, logp_ref), mask, dim=1), reduce=reduce)
+    return {
+        "objective/kl": by_k1.mean,
+        "objective/kl_se": by_k1.standard_error,
+        "objective/kl_k3": by_k3.mean,
+        "objective/kl_gap_se": gap.standard_error,
+    }

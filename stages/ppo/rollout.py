@@ -1,0 +1,78 @@
+"""One rollout: prompts, sampled responses, and everything PPO needs to know of each response token.
+
+B rows, P prompt columns (left-padded), T response columns (right-padded). Every (B,T) tensor is indexed by *this*
+response token; masks come from lengths, never from token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align.generation.engine import Samples, left_pad
+from align.training.masked import length_mask
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Sampled responses as one padded batch: input_ids and attention_mask (B,P+T), lengths and finished (B,)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    lengths: Tensor
+    finished: Tensor
+    width: int
+    """T."""
+
+    @property
+    def mask(self) -> Tensor:
+        """(B,T) bool: the response's own tokens, its stop token included."""
+        return length_mask(self.lengths, self.width)
+
+    def rows(self, index: Tensor) -> Responses:
+        """Some rows, without the padding columns that none of them uses: a matter of speed, never of results."""
+        lengths = self.lengths[index]
+        unused = self.width - int(lengths.max())
+        attention = self.attention_mask[index]
+        prompt_width = attention.shape[1] - self.width
+        left = prompt_width - int(attention[:, :prompt_width].sum(1).max())
+        columns = slice(left, attention.shape[1] - unused)
+        return Responses(
+            self.input_ids[index, columns], attention[:, columns], lengths, self.finished[index], self.width - unused
+        )
+
+
+def join(prompts: Sequence[Sequence[int]], samples: Samples, pad_id: int, device: torch.device | str) -> Responses:
+    """Prompts and their sampled responses as one batch."""
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)
+    lengths = samples.lengths.to(device)
+    width = samples.token_ids.shape[1]
+    valid = length_mask(lengths, width)
+    return Responses(
+        input_ids=torch.cat([prompt_ids, samples.token_ids.to(device)], 1),
+        attention_mask=torch.cat([prompt_mask, valid.long()], 1),
+        lengths=lengths,
+        finished=samples.finished.to(device),
+        width=width,
+    )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses with what the models said of them before the first update; all (B,T) float32 unless noted."""
+
+    responses: Responses
+    scores: Tensor
+    """(B,) after the missing-EOS rule."""
+    logp_old: Tensor
+    logp_ref: Tensor
+    values: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    """Whitened if the settings say so."""
+    returns: Tensor
+    """Targets of the critic: advantages before whitening, plus values."""
+    entropy: Tensor

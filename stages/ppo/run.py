@@ -1,0 +1,110 @@
+"""PPO from human feedback: opens the models, runs the loop, commits and measures the policy."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import set_seed
+
+from align.data.load import load
+from align.errors import ConfigError, DataError, Problem
+from align.evaluation.stage import evaluate_stage, held_out_prompts
+from align.generation.transformers_engine import TransformersEngine
+from align.models.handover import NUM_PROBES
+from align.models.load import critic_from_policy, critic_from_reward
+from align.models.opened import Opened, commit_policy, open_policy, open_reward
+from align.pipeline.context import Context
+from align.pipeline.stage import StageResult
+from align.recipe.settings import EvaluationSettings, Role
+from align.training.trainer import training_dtype
+from stages.ppo.config import Config
+from stages.ppo.loop import Loop, Question
+from stages.ppo.scorer import RewardScorer
+from stages.ppo.trainer import PPOTrainer
+
+
+def run(config: Config, context: Context) -> StageResult:
+    """Improves the policy rollout by rollout."""
+    set_seed(context.seed("weights"))
+    assert config.data is not None
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=list(context.job.track) or None, project_dir=str(context.directory)
+    )
+    template = config.data.template
+    dataset = load(config.data, Role.PROMPTS)
+    policy = open_policy(context.input("policy"), template)
+    reference = open_policy(context.input("reference"), template)
+    reward = open_reward(context.input("reward"), template)
+    batch_size = config.rollout.micro_batch_size
+    scorer = RewardScorer(reward, policy, batch_size)
+    if scorer.shares_tokenizer:
+        critic = critic_from_reward(context.input("reward"), policy.tokenizer, torch.float32)
+    else:
+        critic = critic_from_policy(context.input("policy"), policy.tokenizer, torch.float32)
+    questions, too_long = training_questions(policy, dataset.train, config)
+    evaluation = EvaluationSettings.model_validate(context.job.evaluation)
+    prompts = held_out_prompts(evaluation, dataset.held_out, dataset.train)
+
+    for model in (policy.model, reference.model, reward.model, critic):
+        model.to(accelerator.device)
+    reference.model.eval().requires_grad_(False)
+    if config.gradient_checkpointing:
+        for model in (policy.model, critic):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = PPOTrainer(
+        config,
+        policy.model.train(),
+        critic.train(),
+        reference.model,
+        seed=context.seed("minibatches"),
+        reduce=partial(sum_over_processes, accelerator),
+        world_size=accelerator.num_processes,
+        autocast=partial(autocast, accelerator.device, training_dtype(config.precision)),
+    )
+    engine = TransformersEngine(policy.model, batch_size)
+    loop = Loop(config, context, accelerator, trainer, engine, scorer, policy.renderer, questions)
+    loop.run()
+
+    probes = loop.sample_sequences(NUM_PROBES)
+    effective, handover = commit_policy(context.commit_model(), policy.model, policy, probes)
+    metrics = evaluate_stage(
+        context, evaluation, effective, policy.renderer, prompts, reference=reference.model, scorer=scorer
+    )
+    counts = {"optimiser_steps": trainer.num_steps, "prompts_trained": len(questions), "prompts_too_long": too_long}
+    return StageResult({**metrics, **counts}, handover)
+
+
+def training_questions(policy: Opened, prompts: list, config: Config) -> tuple[list[Question], int]:
+    """Each different prompt that is short enough, and how many are not. Prompts are never cut.
+
+    Raises DataError when none is left, ConfigError when prompt and response together exceed the model's context.
+    """
+    unique: dict[tuple[int, ...], Question] = {}
+    for prompt in prompts:
+        ids = policy.renderer.prompt(prompt.messages, prompt.source)
+        unique.setdefault(tuple(ids), Question(prompt.messages, ids))
+    questions = [question for question in unique.values() if len(question.ids) <= config.max_prompt_tokens]
+    if not questions:
+        raise DataError(Problem("ppo.data", f"none of {len(unique)} prompts has at most {config.max_prompt_tokens} tokens"))
+    longest = max(len(question.ids) for question in questions) + config.rollout.max_response_tokens
+    context = getattr(policy.model.config, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ConfigError(
+            f"ppo: the longest prompt and rollout.max_response_tokens come to {longest} tokens, the policy's context is "
+            f"{context}; lower rollout.max_response_tokens or max_prompt_tokens"
+        )
+    return questions, len(unique) - len(questions)
+
+
+def sum_over_processes(accelerator: Accelerator, sums: Tensor) -> Tensor:
+    """Sums a 1-D tensor over all processes."""
+    return accelerator.reduce(sums, "sum")  # type: ignore[return-value]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Mixed precision of the forward passes; float32 switches it off."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)

@@ -1,0 +1,43 @@
+"""Completion of stages, dotted keys and choices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from align.cli.complete import complete_run_argument
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("incomplete", "options"),
+    [
+        ("s", ["sft", "seed="]),
+        ("ppo.kl", ["ppo.kl=", "ppo.kl.coef="]),
+        ("ppo.optim.e", ["ppo.optim.eps="]),
+        ("evaluation.g", ["evaluation.gold="]),
+        ("ppo.precision=", ["ppo.precision=auto", "ppo.precision=float32", "ppo.precision=bfloat16"]),
+        ("ppo.whiten_advantages=t", ["ppo.whiten_advantages=true"]),
+        ("ppo.rollouts=", []),
+        ("nothing.", []),
+        ("nothing=", []),
+    ],
+)
+def test_options(incomplete, options):
+    assert complete_run_argument(incomplete) == options
+
+
+def test_stages_of_the_recipe_here():
+    Path("align.yaml").write_text("strict: {kind: dpo}\nodd: {kind: [1]}\n", encoding="utf-8")
+    assert complete_run_argument("st") == ["strict"]
+    assert complete_run_argument("strict.bet") == ["strict.beta="]
+
+
+def test_a_broken_recipe_still_completes_the_kinds():
+    Path("align.yaml").write_text("a: [\n", encoding="utf-8")
+    assert complete_run_argument("pp") == ["ppo"]

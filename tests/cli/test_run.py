@@ -1,0 +1,154 @@
+"""`align run --dry-run` and `align plan` on the real stages, and the tables they print. Nothing is trained here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from align.cli.table import render_summary
+
+RECIPE = """
+name: mine
+data: rows.jsonl
+base: {steps: 1}
+sft: {data: sft.jsonl}
+reward: {}
+ppo: {}
+"""
+NO_TORCH = """
+import sys
+from align.cli import main
+try:
+    main()
+finally:
+    heavy = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"} & sys.modules.keys()
+    assert not heavy, heavy
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder with a recipe and its data."""
+    (tmp_path / "align.yaml").write_text(RECIPE)
+    pairs = [{"prompt": f"p {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    answers = [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    return tmp_path
+
+
+def align(folder: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
+    """stdout and stderr of a command that must not import torch."""
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH, *arguments],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def test_the_short_form_is_the_whole_chain(here: Path) -> None:
+    out, _ = align(here, "plan", "sft", "reward", "ppo", "--json")
+    plan = json.loads(out)
+    assert [stage["stage"] for stage in plan["stages"]] == ["base", "sft", "reward", "ppo"]
+    assert plan["run"] == "mine"
+    assert {slot: value["source"] for slot, value in plan["stages"][-1]["inputs"].items()} == {
+        "policy": "sft",
+        "reference": "sft",
+        "reward": "reward",
+    }
+    assert {stage["action"] for stage in plan["stages"]} == {"run"}
+
+
+def test_no_stage_named_means_every_stage_and_the_recipe_is_told(here: Path) -> None:
+    out, _ = align(here, "plan")
+    assert "recipe: align.yaml" in out
+    assert all(name in out for name in ("base", "sft", "reward", "ppo"))
+    _, err = align(here, "plan", "--json")
+    assert "recipe: align.yaml" in err
+    out, _ = align(here, "plan", "-c", "align.yaml")
+    assert "recipe:" not in out
+
+
+def test_a_dry_run_prints_the_commands_and_writes_nothing(here: Path) -> None:
+    before = sorted(here.rglob("*"))
+    out, _ = align(here, "run", "sft", "sft.optim.lr=1e-4", "--run", "second", "--runs", "out", "--dry-run")
+    commands = [line for line in out.splitlines() if "align.worker" in line]
+    assert len(commands) == 2
+    assert f"{sys.executable} -m align.worker {here.resolve()}/out/second/base/" in commands[0]
+    assert sorted(here.rglob("*")) == before
+
+
+def test_what_follows_two_dashes_goes_to_the_launcher(here: Path) -> None:
+    out, _ = align(here, "run", "base", "--dry-run", "--", "--num_processes", "2", "--config_file", "z.yaml")
+    launched = "-m accelerate.commands.launch --num_processes 2 --config_file z.yaml -m align.worker"
+    assert launched in out
+
+
+def test_dpo_from_a_model_and_a_file_needs_no_recipe(here: Path) -> None:
+    (here / "align.yaml").unlink()
+    model = here / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (model / "model.safetensors").write_text("weights")
+    out, err = align(here, "plan", "dpo", "--model", "model", "--data", "rows.jsonl", "--json")
+    (stage,) = json.loads(out)["stages"]
+    assert stage["inputs"]["policy"]["path"] == str(model.resolve())
+    assert "no recipe" in err
+
+
+def test_every_mistake_on_the_command_line_is_told_without_a_traceback(here: Path) -> None:
+    _, err = align(here, "run", "stf", "sft.optim.ler=1", code=2)
+    assert "stf" in err
+    assert "ler" in err
+    assert "Traceback" not in err
+    _, err = align(here, "run", "ppo", "ppo.reward=sft", code=2)
+    assert "ppo.reward: wants a reward model; sft gives a policy (did you mean 'reward'?)" in err
+    _, err = align(here, "run", "sft", "--force", "ppo", code=2)
+    assert "--force ppo: no such stage in this run" in err
+
+
+def shown(summary: dict) -> str:
+    """A summary as text, in a terminal of 80."""
+    console = Console(width=80, record=True)
+    with console.capture() as capture:
+        console.print(render_summary(summary))
+    return capture.get()
+
+
+def test_the_result_table_has_intervals_and_dashes_and_fits_a_terminal() -> None:
+    policy = {
+        "gold": 0.7812,
+        "gold_ci95": [0.7511, 0.8113],
+        "kl": 6.1,
+        "kl_ci95": [5.9, 6.3],
+        "eos_rate": 0.991,
+        "eos_rate_ci95": [0.98, 1.0],
+        "response_length": 12.34,
+        "reward": 1.5,
+    }
+    stages = {"base": {"gold": 0.1}, "ppo": policy, "reward": {"accuracy": 0.8333, "accuracy_ci95": [0.8, 0.9]}}
+    text = shown({"stages": stages})
+    assert "0.781 [0.751, 0.811]" in text
+    assert "6.10 [5.90, 6.30]" in text
+    assert "0.833 [0.800, 0.900]" in text
+    assert "0.99 " in text
+    (base,) = [line for line in text.splitlines() if line.strip().startswith("base")]
+    assert base.split() == ["base", "0.100", "–", "–", "–", "–"]
+    assert "…" not in text
+
+
+def test_a_stage_without_known_metrics_and_one_with_markup_in_its_name_are_shown() -> None:
+    text = shown({"stages": {"[red]x": {"parameters": 3}, "r": {"accuracy": "NaN"}}})
+    assert "[red]x" in text
+    assert "NaN" in text
