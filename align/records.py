@@ -14,7 +14,6 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,6 @@ from align.errors import ArtifactError, WriteError
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Input:
-    """A resolved input: a committed model folder and what identifies it."""
-
-    kind: str
-    path: str
-    fingerprint: str
-    source: str
-    """Name of the stage that made it, or the hub id or folder given by the user."""
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 def canonical_json(value: Any) -> str:
@@ -142,7 +128,9 @@ def read_manifest(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
         if size != facts["size"]:
             raise ArtifactError(f"{path}: {size} bytes, the manifest says {facts['size']}: the file was cut or edited")
         if hashes and sha256_file(path) != facts["sha256"]:
-            raise ArtifactError(f"{path}: content differs from the manifest's sha256: the file is damaged or was edited")
+            raise ArtifactError(
+                f"{path}: content differs from the manifest's sha256: the file is damaged or was edited"
+            )
     return manifest
 
 

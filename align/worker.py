@@ -20,11 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from align.context import Context, StopFlag
 from align.errors import AlignError, ConfigError, DistributedError, WriteError
-from align.pipeline.context import Context, StopFlag
+from align.job import StageResult
 from align.pipeline.folders import LOG, RECORD, RECORD_SCHEMA, Order, content, read_order, write_failure
 from align.pipeline.processes import die_with_parent
-from align.pipeline.stage import StageResult
 from align.records import read_manifest, remove_folder, write_json
 
 PACKAGES = (
@@ -63,9 +63,7 @@ def main(directory: Path) -> int:
 def run_stage(directory: Path, stop: StopFlag) -> None:
     """Runs the stage and, on the first process, writes its record and removes its checkpoints."""
     if sys.flags.optimize:
-        raise ConfigError(
-            "python -O (or PYTHONOPTIMIZE) removes checks that stages rely on; start without it"
-        )
+        raise ConfigError("python -O (or PYTHONOPTIMIZE) removes checks that stages rely on; start without it")
     world_size = _check_world_size()
     order = read_order(directory)
     config = _named(order.config_class).model_validate(order.job.config)
@@ -161,9 +159,7 @@ def _git_commit() -> str | None:
         return None
     try:
         commit, status = (
-            subprocess.run(
-                ["git", "-C", checkout, *command], capture_output=True, text=True, timeout=10, check=True
-            )
+            subprocess.run(["git", "-C", checkout, *command], capture_output=True, text=True, timeout=10, check=True)
             for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "align", "stages"])
         )
     except (OSError, subprocess.SubprocessError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from align.pipeline.stage import StageSpec
+from align.recipe.spec import StageSpec
 
 KINDS = ("base", "sft", "reward", "dpo", "ppo")
 

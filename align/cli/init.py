@@ -45,9 +45,7 @@ def copy_recipe(source: Path, target: Path) -> list[Path]:
     if source.with_suffix("").is_dir():
         pairs.append((source.with_suffix(""), target.with_name(source.stem)))
     taken = [
-        Problem(str(to), "already exists, and is not overwritten", "use --to PATH")
-        for _, to in pairs
-        if to.exists()
+        Problem(str(to), "already exists, and is not overwritten", "use --to PATH") for _, to in pairs if to.exists()
     ]
     if taken:
         raise ConfigError(taken)

@@ -87,9 +87,7 @@ def run(
     force: Force = None,
     model: Model = None,
     data: Data = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and the commands; start nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the commands; start nothing.")] = False,
 ) -> None:
     """Run stages and the stages they need; what is up to date is reused."""
     console = Console()
@@ -101,9 +99,7 @@ def run(
         _show_plan(console, plan)
         for step in plan.steps:
             if step.runs:
-                console.print(
-                    shlex.join(worker_command(step.job.directory, launcher)), markup=False, soft_wrap=True
-                )
+                console.print(shlex.join(worker_command(step.job.directory, launcher)), markup=False, soft_wrap=True)
         return
     with lock_run(run_dir) as lock:
         plan = make_plan(recipe, requested, run_dir, force or (), verify=True)
@@ -141,9 +137,7 @@ def plan(
 
 @app.command()
 def lineage(
-    path: Annotated[
-        Path, typer.Argument(help="A stage's folder, its model/, or a run's folder.", show_default=False)
-    ],
+    path: Annotated[Path, typer.Argument(help="A stage's folder, its model/, or a run's folder.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
     """Print what a result was made from, and verify every file (sha256). Exits with 4 if one is damaged."""
@@ -167,9 +161,7 @@ def _recipe(
     overrides = [argument for argument in arguments or [] if "=" in argument]
     path, how = find_recipe(config, model=model)
     if config is None:
-        console.print(
-            f"recipe: {relative(path)} ({how})" if path else how, style="dim", markup=False, soft_wrap=True
-        )
+        console.print(f"recipe: {relative(path)} ({how})" if path else how, style="dim", markup=False, soft_wrap=True)
     specs = load_specs()
     recipe = load_recipe(path, overrides=overrides, requested=requested, specs=specs, model=model, data=data)
     return recipe, requested
@@ -187,7 +179,7 @@ def _show_plan(console: Console, plan: Plan) -> None:
 
 
 def _announce(console: Console, plan: Plan, step: Step) -> None:
-    place = plan.steps.index(next(other for other in plan.steps if other.job.stage == step.job.stage)) + 1
+    place = [planned.job.stage for planned in plan.steps].index(step.job.stage) + 1
     title = f"{place}/{len(plan.steps)} {step.job.stage}: {step.action}"
     if step.runs:
         console.rule(f"[bold]{escape(title)}[/]", align="left")
@@ -219,9 +211,7 @@ def _label(ancestor: Ancestor) -> str:
     facts = [ancestor.fingerprint[:8], f"seed {record['seed']}"]
     if record["data"]:
         facts.append(f"data {record['data'][:8]}")
-    numbers = [
-        f"{key} {value:.3g}" for key, value in record["metrics"].items() if isinstance(value, int | float)
-    ]
+    numbers = [f"{key} {value:.3g}" for key, value in record["metrics"].items() if isinstance(value, int | float)]
     facts += [*numbers[:4], f"{record['seconds']:.0f} s", record["ended"][:16].replace("T", " ") + " UTC"]
     state = "[red]DAMAGED[/]" if ancestor.damage else f"[green]{len(record['files'])} files verified[/]"
     return f"{name}  {escape(', '.join(facts))}  {state}"

@@ -29,9 +29,7 @@ def _complete_what(incomplete: str) -> list[str]:
 def show(
     what: Annotated[
         str | None,
-        typer.Argument(
-            help="A stage kind, `recipe`, or a run's name or folder.", autocompletion=_complete_what
-        ),
+        typer.Argument(help="A stage kind, `recipe`, or a run's name or folder.", autocompletion=_complete_what),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
@@ -102,9 +100,7 @@ def _summary(what: str, runs: Path, names: list[str]) -> dict[str, Any]:
     from align.recipe.nearest import did_you_mean
 
     folders = [folder for folder in (Path(what), runs / what) if folder.is_dir()]
-    folder = next((folder for folder in folders if (folder / SUMMARY).exists()), None) or next(
-        iter(folders), None
-    )
+    folder = next((folder for folder in folders if (folder / SUMMARY).exists()), None) or next(iter(folders), None)
     if folder is None:
         hint = did_you_mean(what, [*names, *_finished(runs)])
         raise ConfigError(Problem(what, f"neither a stage kind nor a run in {runs}/", hint))

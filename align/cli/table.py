@@ -26,9 +26,7 @@ def _number(metrics: Mapping[str, Any], key: str, digits: int) -> str:
     interval = metrics.get(f"{key}_ci95")
     if interval is None or key in WITHOUT_INTERVAL:
         return f"{value:.{digits}f}"
-    low, high = (
-        f"{end:.{digits}f}" if isinstance(end, int | float) else escape(str(end)) for end in interval
-    )
+    low, high = (f"{end:.{digits}f}" if isinstance(end, int | float) else escape(str(end)) for end in interval)
     return f"{value:.{digits}f} [dim]\\[{low}, {high}][/]"
 
 
@@ -36,7 +34,7 @@ POLICY_COLUMNS: Sequence[tuple[str, str, int]] = (
     ("gold score", "gold", 3),
     ("KL", "kl", 2),
     ("reward", "reward", 2),
-    ("EOS rate", "eos_rate", 2),
+    ("EOS", "eos_rate", 2),
     ("length", "response_length", 1),
 )
 REWARD_COLUMNS: Sequence[tuple[str, str, int]] = (("held-out accuracy", "accuracy", 3),)
@@ -64,10 +62,8 @@ def _is_reward(metrics: Mapping[str, Any]) -> bool:
     return "accuracy" in metrics and not any(key in metrics for _, key, _ in POLICY_COLUMNS)
 
 
-def _metrics_table(
-    kind: str, columns: Sequence[tuple[str, str, int]], rows: Mapping[str, Mapping[str, Any]]
-) -> Table:
-    table = Table(kind, box=SIMPLE_HEAD)
+def _metrics_table(kind: str, columns: Sequence[tuple[str, str, int]], rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(kind, box=SIMPLE_HEAD, pad_edge=False)
     for title, _, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
     for name, metrics in rows.items():

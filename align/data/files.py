@@ -69,8 +69,7 @@ def read_rows(path: Path, settings: DataSettings, role: Role, is_held_out: bool)
             except RowFault as fault:
                 faults[number] = fault
     bad = [
-        RowProblem(f"{name}:{number}", fault.what, fault.hint, fault.kind)
-        for number, fault in sorted(faults.items())
+        RowProblem(f"{name}:{number}", fault.what, fault.hint, fault.kind) for number, fault in sorted(faults.items())
     ]
     total = len(rows) + len(bad)
     if not rows and total > 1 and len({problem.what for problem in bad}) == 1:
@@ -134,9 +133,7 @@ def _canonical(parsed: Parsed, role: Role, system: str | None, source: str) -> R
         return Demonstration([*asked, {"role": "assistant", "content": parsed.answers[0]}], source)
     chosen, rejected = parsed.answers
     if chosen.strip() == rejected.strip():
-        raise RowFault(
-            "tie", "`chosen` and `rejected` are the same", "a tie says nothing about preference: remove it"
-        )
+        raise RowFault("tie", "`chosen` and `rejected` are the same", "a tie says nothing about preference: remove it")
     return Preference(asked, chosen, rejected, source)
 
 

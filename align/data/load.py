@@ -114,9 +114,7 @@ def _raise_problems(both: list[_Found], may_skip: bool) -> None:
 
 def _summarised(bad: list[RowProblem], hint: str) -> list[Problem]:
     """The first problems and, from two on, how many there are of each kind."""
-    kinds = ", ".join(
-        f"{count} {kind}" for kind, count in Counter(problem.kind for problem in bad).most_common()
-    )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(problem.kind for problem in bad).most_common())
     total = [Problem("data", f"{len(bad)} bad rows: {kinds}", hint)] if len(bad) > 1 else []
     return [*bad[:SHOWN], *total]
 

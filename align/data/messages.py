@@ -51,9 +51,7 @@ def answer(row: Mapping[str, object], column: str, asked: list[Message]) -> str:
         return text(row, column)
     turns = messages(row, column)
     if turns[-1]["role"] != "assistant":
-        raise RowFault(
-            "wrong order of roles", f"`{column}` ends with `{turns[-1]['role']}`", "wanted `assistant`"
-        )
+        raise RowFault("wrong order of roles", f"`{column}` ends with `{turns[-1]['role']}`", "wanted `assistant`")
     if turns[:-1] not in ([], asked):
         raise RowFault(
             "prompts differ",
@@ -76,9 +74,7 @@ def conversation(row: Mapping[str, object], column: str) -> tuple[list[Message],
     return turns[:-1], turns[-1]["content"]
 
 
-def messages(
-    row: Mapping[str, object], column: str, wanted: str = "text or a list of messages"
-) -> list[Message]:
+def messages(row: Mapping[str, object], column: str, wanted: str = "text or a list of messages") -> list[Message]:
     """The messages of a column, as {role, content} or ShareGPT's {from, value}, each checked by itself."""
     value = _present(row, column)
     if not isinstance(value, list):
@@ -91,14 +87,10 @@ def messages(
 def checked_prompt(turns: list[Message], column: str) -> list[Message]:
     """`turns`, if they are a conversation that waits for the assistant."""
     if turns[-1]["role"] == "assistant" and len(turns) > 1:
-        raise RowFault(
-            "wrong order of roles", f"`{column}` ends with `assistant`", "a prompt ends with `user`"
-        )
+        raise RowFault("wrong order of roles", f"`{column}` ends with `assistant`", "a prompt ends with `user`")
     _check_order(turns, column)
     if turns[-1]["role"] == "system":
-        raise RowFault(
-            "wrong order of roles", f"`{column}` has only a system message", "a prompt ends with `user`"
-        )
+        raise RowFault("wrong order of roles", f"`{column}` has only a system message", "a prompt ends with `user`")
     return turns
 
 
@@ -133,24 +125,18 @@ def _checked_text(value: object, what: str) -> str:
 
 def _message(item: object, what: str) -> Message:
     if not isinstance(item, dict):
-        raise RowFault(
-            "wrong type", f"{what} is {type_name(item)}; wanted an object with `role` and `content`"
-        )
+        raise RowFault("wrong type", f"{what} is {type_name(item)}; wanted an object with `role` and `content`")
     sharegpt = "from" in item and "role" not in item
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     for key in (role_key, content_key):
         if key not in item:
             raise RowFault("missing", f"{what} has no `{key}`", did_you_mean(key, map(escaped, item)))
     if item.get("tool_calls"):
-        raise RowFault(
-            "tool calls", f"{what} has `tool_calls`, which align does not train on", "write them as content"
-        )
+        raise RowFault("tool calls", f"{what} has `tool_calls`, which align does not train on", "write them as content")
     known: Mapping[str, str] = SHAREGPT_ROLES if sharegpt else dict(zip(ROLES, ROLES, strict=True))
     role = item[role_key]
     if not isinstance(role, str) or role not in known:
-        raise RowFault(
-            "unknown role", f"{what} has the role {show(role)}", f"roles are {quoted(list(known))}"
-        )
+        raise RowFault("unknown role", f"{what} has the role {show(role)}", f"roles are {quoted(list(known))}")
     if item[content_key] is None:
         raise RowFault("missing", f"`{content_key}` of {what} is null")
     return {"role": known[role], "content": _checked_text(item[content_key], f"`{content_key}` of {what}")}

@@ -27,9 +27,7 @@ class Table:
 def read(content: bytes, suffix: str) -> Table:
     """Reads a file's bytes by the suffix of its name. Raises FileFault when no row can be had from it."""
     if suffix not in READERS:
-        raise FileFault(
-            f"`{suffix or 'no suffix'}` is not a format align reads", f"wanted {quoted(list(READERS))}"
-        )
+        raise FileFault(f"`{suffix or 'no suffix'}` is not a format align reads", f"wanted {quoted(list(READERS))}")
     if not content.removeprefix(BOM).strip():
         raise FileFault("the file has only blank lines" if content else "the file is empty")
     table = READERS[suffix](content)
@@ -45,9 +43,7 @@ def read_jsonl(content: bytes) -> Table:
     lines = content[offset:].split(b"\n")
     first = next(line.strip() for line in lines if line.strip())
     if first.startswith(b"["):
-        raise FileFault(
-            "the file starts with `[`: it is a JSON array, not one object per line", "rename it to .json"
-        )
+        raise FileFault("the file starts with `[`: it is a JSON array, not one object per line", "rename it to .json")
     if first == b"{":
         raise FileFault("objects are spread over several lines", "write each object on one line")
     table = Table()
@@ -81,9 +77,7 @@ def read_json(content: bytes) -> Table:
         try:
             value, at = decoder.decode(text, at)
         except ValueError as error:
-            raise FileFault(
-                f"not JSON at {place(text, position(error, at))}", reason(error), number
-            ) from None
+            raise FileFault(f"not JSON at {place(text, position(error, at))}", reason(error), number) from None
         try:
             decoder.check()
             table.rows.append((number, _object(value)))
@@ -112,9 +106,7 @@ def read_csv(content: bytes) -> Table:
                 header = _checked_header(cells)
             elif len(cells) != len(header):
                 what = f"{len(cells)} cells, but the header has {len(header)} columns"
-                table.bad.append(
-                    (number, RowFault("wrong number of cells", what, "quote cells that hold commas"))
-                )
+                table.bad.append((number, RowFault("wrong number of cells", what, "quote cells that hold commas")))
             else:
                 table.rows.append((number, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
@@ -164,17 +156,13 @@ def _line(line: bytes, offset: int, decoder: StrictDecoder) -> object:
     decoder.check()
     rest = skip_space(text, end)
     if rest < len(text):
-        raise RowFault(
-            "not JSON", f"the line goes on after its object, at column {rest + 1}", "one object per line"
-        )
+        raise RowFault("not JSON", f"the line goes on after its object, at column {rest + 1}", "one object per line")
     return value
 
 
 def _object(value: object) -> RawRow:
     if not isinstance(value, dict):
-        raise RowFault(
-            "not an object", f"the row is {type_name(value)}", 'wanted an object such as {"prompt": ...}'
-        )
+        raise RowFault("not an object", f"the row is {type_name(value)}", 'wanted an object such as {"prompt": ...}')
     return value
 
 

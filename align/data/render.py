@@ -38,8 +38,8 @@ class Renderer:
         self.pad_id: int = tokenizer.pad_token_id
         if self.pad_id is None or self.pad_id in self.stop_ids:
             raise ArtifactError(
-                f"{tokenizer.name_or_path}: PAD must be a token of its own, distinct from EOS, or models never learn to "
-                "stop; load the tokenizer through align.models.load"
+                f"{tokenizer.name_or_path}: PAD must be a token of its own, distinct from EOS, or models never learn "
+                "to stop; load the tokenizer through align.models.load"
             )
         self._control_texts = tuple(tokenizer.all_special_tokens)
 
@@ -76,7 +76,9 @@ class Renderer:
             stop = self._prefix_length(messages[: index + 1], ids, source)
             end = next((place + 1 for place in range(start, stop) if ids[place] in self.stop_ids), 0)
             if not end:
-                raise DataError(Problem(source, "the chat template does not end the assistant's turn with a stop token"))
+                raise DataError(
+                    Problem(source, "the chat template does not end the assistant's turn with a stop token")
+                )
             mask[start:end] = [True] * (end - start)
         return ids[:end], mask[:end]
 
@@ -103,8 +105,8 @@ class Renderer:
             raise DataError(
                 Problem(
                     source,
-                    "the chat template is not prefix-stable: rendering the conversation up to a turn is not a prefix of "
-                    "rendering it whole, so the loss mask would be wrong",
+                    "the chat template is not prefix-stable: rendering the conversation up to a turn is not a prefix "
+                    "of rendering it whole, so the loss mask would be wrong",
                     "use a template that does not rewrite earlier turns, or data.template=plain",
                 )
             )

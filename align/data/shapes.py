@@ -75,9 +75,7 @@ def two_conversations(row: RawRow) -> Parsed:
     asked, chosen = conversation(row, "chosen")
     other, rejected = conversation(row, "rejected")
     if asked != other:
-        differing = (
-            number for number, (a, b) in enumerate(zip(asked, other, strict=False), start=1) if a != b
-        )
+        differing = (number for number, (a, b) in enumerate(zip(asked, other, strict=False), start=1) if a != b)
         at = next(differing, min(len(asked), len(other)) + 1)
         raise RowFault(
             "prompts differ",

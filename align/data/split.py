@@ -20,9 +20,7 @@ class Keyed(NamedTuple):
 
 def prompt_key(prompt: Sequence[Message]) -> str:
     """The same for prompts that differ only in system message, space around a text, or Unicode form."""
-    return canonical_json(
-        [[turn["role"], text_key(turn["content"])] for turn in prompt if turn["role"] != "system"]
-    )
+    return canonical_json([[turn["role"], text_key(turn["content"])] for turn in prompt if turn["role"] != "system"])
 
 
 def text_key(text: str) -> str:

@@ -29,7 +29,22 @@ CATEGORIES = {
     "tools": ("saw", "nail", "drill", "rope", "file", "clamp", "brush", "wrench"),
 }
 THINGS = ("moon", "hat", "lamp", "tree", "boat", "door", "rock", "cup", "star", "coin", "leaf", "bell")
-NAMES = ("anna", "ben", "cora", "dan", "ella", "finn", "gwen", "hugo", "iris", "jack", "kate", "liam", "mona", "nick")
+NAMES = (
+    "anna",
+    "ben",
+    "cora",
+    "dan",
+    "ella",
+    "finn",
+    "gwen",
+    "hugo",
+    "iris",
+    "jack",
+    "kate",
+    "liam",
+    "mona",
+    "nick",
+)
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 TIMES = {"twice": 2, "thrice": 3}
 POLITE = ("sure ,", "gladly ,", "certainly ,")
@@ -130,7 +145,9 @@ def content_score(task: Task, words: Sequence[str]) -> float:
     """F1 of the words given against the words asked for. 1 only for exactly the right words."""
     wanted = list(task.wanted)
     total = len(wanted) + task.count
-    matched = sum(block.size for block in SequenceMatcher(None, wanted, list(words), autojunk=False).get_matching_blocks())
+    matched = sum(
+        block.size for block in SequenceMatcher(None, wanted, list(words), autojunk=False).get_matching_blocks()
+    )
     if task.count:
         matched += min(task.count, len(set(words) & set(task.choices)))
     return 2 * matched / (total + len(words)) if words else 0.0

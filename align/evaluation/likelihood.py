@@ -17,7 +17,11 @@ BATCH = 64
 
 @torch.no_grad()
 def response_logprob_sums(
-    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, batch_size: int = BATCH
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_id: int,
+    batch_size: int = BATCH,
 ) -> list[float]:
     """log p(response | prompt) of each row, in nats: the sum over all response tokens, the stop token included."""
     was_training = model.training

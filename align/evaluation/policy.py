@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from align.data.render import Renderer
 from align.data.rows import Message, Prompt
@@ -34,14 +33,14 @@ def load_gold(name: str | None) -> GoldScorer | None:
 
 
 def evaluate_policy(
-    policy: PreTrainedModel,
+    policy: Any,
     renderer: Renderer,
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
     settings: EvaluationSettings,
     *,
     seed: int,
-    reference: PreTrainedModel | None = None,
+    reference: Any | None = None,
     scorer: RewardScorer | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Samples one response per held-out prompt at temperature 1 and measures it.

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
-
+from align.context import Context
 from align.data.load import load
 from align.data.render import Renderer
 from align.data.rows import Prompt
 from align.errors import DataError, Problem
 from align.evaluation.policy import RewardScorer, evaluate_policy
 from align.generation.transformers_engine import TransformersEngine
-from align.pipeline.context import Context
 from align.recipe.settings import EvaluationSettings, Role
 
 FINAL = "final"
@@ -35,7 +33,10 @@ def held_out_prompts(
     leaks = [(prompt.source, seen[str(prompt.messages)]) for prompt in dataset.train if str(prompt.messages) in seen]
     if leaks:
         raise DataError(
-            [Problem(place, f"this evaluation prompt is also trained on, at {other}", "remove one") for place, other in leaks[:20]]
+            [
+                Problem(place, f"this evaluation prompt is also trained on, at {other}", "remove one")
+                for place, other in leaks[:20]
+            ]
         )
     return dataset.train
 
@@ -43,10 +44,10 @@ def held_out_prompts(
 def evaluate_stage(
     context: Context,
     settings: EvaluationSettings,
-    model: PreTrainedModel,
+    model: Any,
     renderer: Renderer,
     prompts: Sequence[Prompt],
-    reference: PreTrainedModel | None = None,
+    reference: Any | None = None,
     scorer: RewardScorer | None = None,
 ) -> dict[str, Any]:
     """Final metrics of a policy; its samples go to samples.jsonl. No held-out prompts: no metrics."""
@@ -68,7 +69,11 @@ def evaluate_stage(
 
 
 def sampler(
-    context: Context, settings: EvaluationSettings, model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Prompt]
+    context: Context,
+    settings: EvaluationSettings,
+    model: Any,
+    renderer: Renderer,
+    prompts: Sequence[Prompt],
 ) -> Callable[[int], None]:
     """A function that writes responses to the same few held-out prompts to samples.jsonl at a step of the training."""
 

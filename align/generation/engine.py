@@ -65,7 +65,9 @@ def cut_at_stop(token_ids: torch.Tensor, stop_ids: Sequence[int], pad_id: int) -
     return Samples(torch.where(keep, token_ids[:, :width], pad_id), lengths, finished)
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+def left_pad(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids (B, P) and attention mask (B, P) of prompts padded on the left, so that responses start in one column."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from align.generation.engine import Samples, Sampling, cut_at_stop, left_pad
 
@@ -15,7 +16,7 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(self, model: PreTrainedModel, batch_size: int = 64):
+    def __init__(self, model: Any, batch_size: int = 64):
         self.model = model
         self.batch_size = batch_size
 

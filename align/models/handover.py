@@ -120,7 +120,7 @@ def _compare(values: Sequence[float], expected: Sequence[float], dtype: torch.dt
     difference = max(abs(value - other) for value, other in zip(values, expected, strict=True))
     if not difference <= BOUNDS[dtype]:
         raise ArtifactError(
-            f"{what} differs from the model that was trained by {difference:.3g} on a probe row (bound {BOUNDS[dtype]:g}): "
-            "weights were lost or changed on the way"
+            f"{what} differs from the model that was trained by {difference:.3g} on a probe row "
+            f"(bound {BOUNDS[dtype]:g}): weights were lost or changed on the way"
         )
     return difference

@@ -1,4 +1,8 @@
-"""Loading models and tokenizers. A weight that is missing from the folder is an error, never silently random."""
+"""Loading models and tokenizers. A weight that is missing from the folder is an error, never silently random.
+
+Models are `PreTrainedModel`s of classes chosen by their config; they are typed `Any`, because a head such as `score`
+is known to the class only.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from align.data.render import PAD_TOKEN
 from align.errors import ArtifactError
-from align.records import Input
+from align.job import Input
 
 OFFSET_FIELD = "reward_offset"
 """Name in config.json of what is added to the head's output; see align.models.reward."""
@@ -31,7 +34,14 @@ def local_folder(source: Input) -> str:
     return snapshot_download(
         source.path,
         revision=source.revision,
-        allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if source.trust_remote_code else [])],
+        allow_patterns=[
+            "*.json",
+            "*.safetensors",
+            "*.txt",
+            "*.model",
+            "*.jinja",
+            *(["*.py"] if source.trust_remote_code else []),
+        ],
     )
 
 
@@ -47,17 +57,17 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+def load_policy(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
     """A causal language model, dropout off, its embeddings covering the tokenizer."""
     return _load(AutoModelForCausalLM, source, tokenizer, dtype)
 
 
-def load_reward(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+def load_reward(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
     """A reward model (sequence classification, one label), dropout off. Its head must be in the folder."""
     return _load(AutoModelForSequenceClassification, source, tokenizer, dtype, num_labels=1)
 
 
-def new_reward(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+def new_reward(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
     """A reward model on a policy's backbone, with a new head drawn from N(0, 1/(d+1)) (Ziegler et al. 2019; the
     variance, so the standard deviation is 1/sqrt(d+1))."""
     model = _load(AutoModelForSequenceClassification, source, tokenizer, dtype, new_head=True, num_labels=1)
@@ -66,7 +76,7 @@ def new_reward(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.d
     return model
 
 
-def critic_from_reward(reward: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+def critic_from_reward(reward: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
     """A value model (token classification, one label, with a bias) whose output at a token is the reward model's
     normalised score there: head and offset are taken from the reward model."""
     critic = _new_critic(reward, tokenizer, dtype)
@@ -77,7 +87,7 @@ def critic_from_reward(reward: Input, tokenizer: PreTrainedTokenizerBase, dtype:
     return critic
 
 
-def critic_from_policy(policy: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+def critic_from_policy(policy: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
     """A value model on a policy's backbone, 0 everywhere at first: for a reward model with another tokenizer."""
     critic = _new_critic(policy, tokenizer, dtype)
     torch.nn.init.zeros_(critic.score.weight)
@@ -85,7 +95,7 @@ def critic_from_policy(policy: Input, tokenizer: PreTrainedTokenizerBase, dtype:
     return critic
 
 
-def _new_critic(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+def _new_critic(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
     return _load(AutoModelForTokenClassification, source, tokenizer, dtype, new_head=True, num_labels=1)
 
 
@@ -104,7 +114,7 @@ def _load(
     *,
     new_head: bool = False,
     **config: Any,
-) -> PreTrainedModel:
+) -> Any:
     folder = local_folder(source)
     try:
         model, report = auto_class.from_pretrained(

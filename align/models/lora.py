@@ -6,21 +6,21 @@ The adapter itself is kept beside it (`model/adapter/`) for those who serve many
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import PreTrainedModel
 
 from align.recipe.settings import LoraSettings
 
 
-def add_lora(model: PreTrainedModel, settings: LoraSettings, *, is_reward: bool = False) -> PeftModel:
+def add_lora(model: Any, settings: LoraSettings, *, is_reward: bool = False) -> PeftModel:
     """Wraps a model with fresh adapters (B = 0, so it computes the same as before). A reward model's head is trained
     in full and saved with the adapter: a head left out of an adapter is the field's most repeated hand-over bug."""
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if is_reward else TaskType.CAUSAL_LM,
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a float is fine
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         modules_to_save=["score"] if is_reward else None,
@@ -28,7 +28,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, is_reward: bool 
     return get_peft_model(model, config)
 
 
-def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def merged(model: Any) -> Any:
     """The effective model: adapters merged into the base weights, or the model itself when it has none.
 
     Raises ValueError when an adapter holds non-finite values.
@@ -38,7 +38,7 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model
 
 
-def save_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path) -> None:
     """Writes the adapter beside the effective model; call it before merging. Nothing for a model without one."""
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder / "adapter"))

@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from align.data.render import Renderer
+from align.job import Input
 from align.models.handover import probe_values, verify_loaded, verify_saved
 from align.models.load import load_policy, load_reward, load_tokenizer, local_folder, new_reward
 from align.models.lora import merged, save_adapter
 from align.models.save import save_model
-from align.records import Input
 
-Loader = Callable[[Input, PreTrainedTokenizerBase, torch.dtype], PreTrainedModel]
+Loader = Callable[[Input, PreTrainedTokenizerBase, torch.dtype], Any]
 
 
 @dataclass
 class Opened:
     """A loaded model and the tokenizer and renderer that belong to it."""
 
-    model: PreTrainedModel
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
 
@@ -48,7 +48,7 @@ def open_as_reward(source: Input, template: str, dtype: torch.dtype = torch.floa
 
 def commit_policy(
     staging: AbstractContextManager[Path], trained: Any, opened: Opened, probes: Sequence[list[int]]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """Saves the effective policy (adapters merged) and checks the hand-over. Returns it and the check's result.
 
     The values to meet are those of `trained`, before merging: what was trained, not what was merged, must arrive.
@@ -59,13 +59,23 @@ def commit_policy(
         effective = merged(trained)
         save_model(effective, opened.tokenizer, folder, opened.renderer)
         result = verify_saved(
-            folder, opened.tokenizer, opened.renderer, probes, expected, dtype=effective.dtype, is_reward=False
+            folder,
+            opened.tokenizer,
+            opened.renderer,
+            probes,
+            expected,
+            dtype=effective.dtype,
+            is_reward=False,
         )
     return effective, result
 
 
 def commit_reward(
-    staging: AbstractContextManager[Path], model: PreTrainedModel, opened: Opened, probes: Sequence[list[int]], expected: Sequence[float]
+    staging: AbstractContextManager[Path],
+    model: Any,
+    opened: Opened,
+    probes: Sequence[list[int]],
+    expected: Sequence[float],
 ) -> dict[str, Any]:
     """Saves a merged and normalised reward model and checks the hand-over against `expected` scores."""
     with staging as folder:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from align.errors import ArtifactError, ConfigError, Problem
-from align.pipeline.stage import Kind
+from align.errors import ArtifactError, ConfigError, Problem, WriteError
+from align.job import Input
 from align.recipe.settings import ModelSettings
-from align.records import MANIFEST, Input, fingerprint, read_manifest, sha256_file, write_json
+from align.recipe.spec import Kind
+from align.records import MANIFEST, fingerprint, read_manifest, sha256_file, write_json
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 IDENTITY_SUFFIXES = (".safetensors", ".json", ".model", ".jinja", ".py")
@@ -47,7 +49,8 @@ class HashCache:
     def save(self) -> None:
         """Keeps what was learnt, if there is a runs folder to keep it in."""
         if self._new and self.path.parent.is_dir():
-            write_json(self.path, self._entries)
+            with suppress(WriteError):  # a folder that may only be read can still be planned in
+                write_json(self.path, self._entries)
 
 
 def artifact_folder(folder: Path) -> Path:
@@ -104,9 +107,7 @@ def _check_shards(folder: Path) -> None:
         raise ArtifactError(f"{index}: no weight_map in it")
     for name in sorted({str(value) for value in weights.values()}):
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ArtifactError(
-                f"{index}: weight_map names {name!r}, which is not a plain .safetensors file name"
-            )
+            raise ArtifactError(f"{index}: weight_map names {name!r}, which is not a plain .safetensors file name")
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: {name} is named in {index.name} but missing")
 
@@ -140,9 +141,7 @@ def _recorded_fingerprint(folder: Path) -> str | None:
 
 def hub_input(model: ModelSettings, kind: Kind, where: str) -> Input:
     """A hub id as an input, pinned to one commit. Its kind is checked when it is loaded."""
-    revision = (
-        model.revision if model.revision and COMMIT.fullmatch(model.revision) else _ask_hub(model, where)
-    )
+    revision = model.revision if model.revision and COMMIT.fullmatch(model.revision) else _ask_hub(model, where)
     identity = fingerprint({"hub": model.path, "revision": revision})
     return Input(str(kind), model.path, identity, model.path, revision, model.trust_remote_code)
 

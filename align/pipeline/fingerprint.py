@@ -17,11 +17,11 @@ from pydantic_core import to_jsonable_python
 
 from align.data.load import content_hash
 from align.errors import ConfigError, DataError, Problem
+from align.job import Input, Job
 from align.pipeline.external import HashCache, hub_input, local_input
 from align.pipeline.graph import Node, Source
-from align.pipeline.stage import Job
 from align.recipe.settings import DataSettings, EvaluationSettings, RecipeSettings
-from align.records import Input, fingerprint, sha256_file
+from align.records import fingerprint, sha256_file
 
 PLACES = ("path", "held_out_path")
 """Fields of DataSettings that say where rows lie; the content hash stands for them."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ArtifactError
-from align.pipeline.stage import Job
-from align.records import Input, fingerprint, read_manifest, write_json
+from align.job import Input, Job
+from align.records import fingerprint, read_manifest, write_json
 
 JOB = "job.json"
 RECORD = "record.json"
@@ -73,7 +73,7 @@ def newest_checkpoint(directory: Path) -> int | None:
 
 
 def content(model: Path) -> str | None:
-    """One hash for the files of a model, from its manifest; None when it has none that agrees with the files."""
+    """One hash for the files of a model, from its manifest; None without a manifest that agrees."""
     try:
         return fingerprint(read_manifest(model)["files"])
     except ArtifactError:
@@ -81,7 +81,7 @@ def content(model: Path) -> str | None:
 
 
 def write_failure(directory: Path, exit_code: int, message: str) -> None:
-    """Keeps the exit code of the first process of a stage that failed: launchers turn every code into 1."""
+    """Keeps the exit code of the stage's first process to fail: launchers turn every code into 1."""
     try:
         with (directory / FAILURE).open("x", encoding="utf-8") as stream:
             json.dump({"exit_code": exit_code, "message": message}, stream)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from align.errors import ConfigError, Problem
 from align.pipeline.external import artifact_folder, check_folder
-from align.pipeline.stage import Kind, Slot, StageSpec
 from align.recipe.load import Recipe
 from align.recipe.settings import DataSettings, ModelSettings, Settings
+from align.recipe.spec import Kind, Slot, StageSpec
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,7 @@ def _in_order(nodes: dict[str, Node], listed: list[str]) -> list[Node]:
         return [nodes[name] for name in TopologicalSorter(needs).static_order()]
     except CycleError as error:
         path = " <- ".join(error.args[1])
-        raise ConfigError(
-            Problem(error.args[1][0], f"stages consume each other in a circle: {path}")
-        ) from error
+        raise ConfigError(Problem(error.args[1][0], f"stages consume each other in a circle: {path}")) from error
 
 
 def _node(recipe: Recipe, name: str, requested: Sequence[str], problems: list[Problem]) -> Node:
@@ -92,9 +90,7 @@ def _node(recipe: Recipe, name: str, requested: Sequence[str], problems: list[Pr
     return Node(name, stage.spec, stage.config, data, inputs)
 
 
-def _resolve(
-    recipe: Recipe, where: str, slot: Slot, given: str | None, requested: Sequence[str]
-) -> Source | Problem:
+def _resolve(recipe: Recipe, where: str, slot: Slot, given: str | None, requested: Sequence[str]) -> Source | Problem:
     """The source of a slot: what the recipe says, else the slot's defaults, else the recipe's model."""
     if given is not None:
         return _named(recipe, given)
@@ -123,9 +119,7 @@ def _named(recipe: Recipe, given: str) -> Source:
     if model is not None and given in {model.path, f"{model.path}@{model.revision}"}:
         return Source(model.path, model)
     if Path(given).is_dir():  # not split at "@", which a folder's name may have
-        return Source(
-            given, ModelSettings.model_construct(path=given, revision=None, trust_remote_code=False)
-        )
+        return Source(given, ModelSettings.model_construct(path=given, revision=None, trust_remote_code=False))
     return Source(given, ModelSettings(path=given))
 
 

@@ -76,9 +76,7 @@ def trace(path: Path) -> list[Ancestor]:
     consumed = {value["fingerprint"] for record in records for value in record["inputs"].values()}
     final = [record for record in records if record["fingerprint"] not in consumed]
     if not final:
-        raise ArtifactError(
-            f"{path}: no finished stage here; give a stage's folder, its model/, or a run's folder"
-        )
+        raise ArtifactError(f"{path}: no finished stage here; give a stage's folder, its model/, or a run's folder")
     return [_ancestor("", folder / record["stage"] / record["fingerprint"][:8], verified) for record in final]
 
 
@@ -95,9 +93,7 @@ def _ancestor(slot: str, folder: Path, verified: dict[Path, str | None]) -> Ance
             inputs.append(Ancestor(name, value["source"], value["path"], value["fingerprint"]))
         else:
             inputs.append(_ancestor(name, made_in, verified))
-    return Ancestor(
-        slot, record["stage"], str(folder), record["fingerprint"], record, verified[folder], inputs
-    )
+    return Ancestor(slot, record["stage"], str(folder), record["fingerprint"], record, verified[folder], inputs)
 
 
 def _find(consumer: Path, value: dict[str, Any]) -> Path | None:

@@ -10,12 +10,12 @@ from typing import Any
 
 from align.data.load import load
 from align.errors import ArtifactError, ConfigError, DataError, Problem
+from align.job import Job
 from align.pipeline.external import HashCache
 from align.pipeline.fingerprint import make_jobs
 from align.pipeline.folders import JOB, content, newest_checkpoint, newest_record, read_record
 from align.pipeline.graph import Node, build_graph
 from align.pipeline.reasons import changes
-from align.pipeline.stage import Job
 from align.recipe.load import Recipe
 from align.recipe.nearest import did_you_mean
 from align.records import MANIFEST, read_manifest
@@ -47,9 +47,7 @@ class Step:
 
     def consumes(self, other: Step) -> bool:
         """Whether an input of this stage is the other's artifact."""
-        return any(
-            source.model is None and source.name == other.job.stage for source in self.node.inputs.values()
-        )
+        return any(source.model is None and source.name == other.job.stage for source in self.node.inputs.values())
 
 
 @dataclass(frozen=True)
@@ -117,9 +115,7 @@ def decide(node: Node, job: Job, *, forced: bool = False, verify: bool = False) 
         except ArtifactError as error:
             return Step(node, job, Action.RUN, [f"damaged: {error}"])
         remade = _remade_inputs(job, record)
-        return (
-            Step(node, job, Action.STALE, remade) if remade else Step(node, job, Action.REUSE, ["up to date"])
-        )
+        return Step(node, job, Action.STALE, remade) if remade else Step(node, job, Action.REUSE, ["up to date"])
     if (directory / JOB).exists():
         step = newest_checkpoint(directory)
         if step is None:
@@ -138,9 +134,7 @@ def _remade_inputs(job: Job, record: dict[str, Any]) -> list[str]:
     for slot, value in job.inputs.items():
         then, now = record["inputs"][slot]["content"], content(Path(value.path))
         if then and now and then != now:
-            remade.append(
-                f"input {slot} ({value.source}): made again with another result ({then[:8]} -> {now[:8]})"
-            )
+            remade.append(f"input {slot} ({value.source}): made again with another result ({then[:8]} -> {now[:8]})")
     return remade
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from align.errors import AlignError, Interrupted
+from align.errors import AlignError, Interrupted, WriteError
 from align.pipeline.folders import FAILURE, LOG, Order, read_failure, write_order
 from align.pipeline.plan import Action, Plan, Step, decide
 from align.pipeline.processes import die_with_parent, signal_workers
@@ -68,12 +68,14 @@ def execute(
 def _prepare(step: Step, command: Sequence[str]) -> None:
     """Clears what an interrupted commit left, and the old result unless this is a resume; writes job.json."""
     directory = Path(step.job.directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    sweep(directory.parent)
-    if directory.exists() and step.action is not Action.RESUME:
-        remove_folder(directory)
-    sweep(directory)
-    (directory / FAILURE).unlink(missing_ok=True)
+    try:
+        sweep(directory.parent)
+        if directory.exists() and step.action is not Action.RESUME:
+            remove_folder(directory)
+        sweep(directory)
+        (directory / FAILURE).unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError(f"{directory}: cannot write: {error.strerror or error}") from error
     spec = step.node.spec
     config_class = f"{spec.config.__module__}:{spec.config.__qualname__}"
     write_order(Order(step.job, spec.run, config_class, str(spec.output), list(command)))
@@ -99,9 +101,7 @@ class Stop:
 def forwarded_signals(launched: bool) -> Iterator[Stop]:
     """While open, SIGINT, SIGTERM and SIGHUP go to the running stage, which saves and ends by itself."""
     stop = Stop(launched)
-    numbers = [
-        n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN
-    ]
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop.on_signal) for number in numbers}
     try:
         yield stop
@@ -166,6 +166,4 @@ def _failure(step: Step, code: int, stop: Stop) -> AlignError:
         return Interrupted(f"{stage}: stopped before it could save; run the same command to continue")
     name = signal.Signals(-code).name
     hint = " (out of memory?)" if name == "SIGKILL" else ""
-    return StageFailed(
-        f"{stage}: its process was killed by {name}{hint}; run the same command to continue", 128 - code
-    )
+    return StageFailed(f"{stage}: its process was killed by {name}{hint}; run the same command to continue", 128 - code)

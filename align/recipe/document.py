@@ -23,9 +23,7 @@ from align.recipe.schema import KeyPath, dotted
 Where = Callable[[int], str]
 """Line number (from 1) to the `where` of a problem."""
 
-_SECRET = re.compile(
-    r"(?i)(?:^|_)(?<!eos_)(?<!pad_)(?<!bos_)(token|password|passwd|secret|api_?key|credentials?)$"
-)
+_SECRET = re.compile(r"(?i)(?:^|_)(?<!eos_)(?<!pad_)(?<!bos_)(token|password|passwd|secret|api_?key|credentials?)$")
 _SWITCH = re.compile(r"(?i)yes|no|on|off")
 _ODD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9]+(:[0-5]?[0-9])+)")
 _NOT_FINITE = re.compile(r"(?i)[-+]?\.(inf|nan)")
@@ -50,9 +48,7 @@ def read_document(path: Path, label: str) -> Document:
     if node is None:
         raise ConfigError(Problem(label, "the file is empty", "`align init` copies a complete recipe"))
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(
-            Problem(where(_line(node)), "a recipe is a mapping of settings and stages, `seed: 0`")
-        )
+        raise ConfigError(Problem(where(_line(node)), "a recipe is a mapping of settings and stages, `seed: 0`"))
     document = Document()
     check(node, (), where, document.lines, document.problems)
     document.values = values_of(node)
@@ -74,23 +70,17 @@ def compose(text: str, where: Where) -> yaml.Node | None:
         raise ConfigError(_syntax_problem(error, where)) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(
-            Problem(where(line), f"character {text[error.position]!r} is not allowed in YAML")
-        ) from None
+        raise ConfigError(Problem(where(line), f"character {text[error.position]!r} is not allowed in YAML")) from None
 
 
-def check(
-    node: yaml.Node, path: KeyPath, where: Where, lines: dict[KeyPath, int], problems: list[Problem]
-) -> None:
+def check(node: yaml.Node, path: KeyPath, where: Where, lines: dict[KeyPath, int], problems: list[Problem]) -> None:
     """Fills `lines` and `problems` from a node tree, and takes what is refused out of it, so that the rest
     can be checked as well."""
     if isinstance(node, yaml.MappingNode):
         kept: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
             here = where(_line(key))
-            problem = _key_problem(key, path, here, first=kept) or _value_problem(
-                value, (*path, key.value), here
-            )
+            problem = _key_problem(key, path, here, first=kept) or _value_problem(value, (*path, key.value), here)
             if problem:
                 problems.append(problem)
                 continue
@@ -133,11 +123,7 @@ def _read_text(path: Path, label: str) -> str:
     except FileNotFoundError:
         beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         match = nearest(path.name, beside)
-        hint = (
-            f"did you mean `{Path(label).with_name(match)}`?"
-            if match
-            else "`align init --list` shows those shipped"
-        )
+        hint = f"did you mean `{Path(label).with_name(match)}`?" if match else "`align init --list` shows those shipped"
         raise ConfigError(Problem(label, "no such recipe file", hint)) from None
     except UnicodeDecodeError as error:
         raise ConfigError(Problem(label, f"not UTF-8 text (byte {error.start})", "is it a recipe?")) from None
@@ -170,9 +156,7 @@ def _key_problem(key: yaml.Node, path: KeyPath, where: str, first: dict[str, Any
         return Problem(where, f"{dotted((*path, str(shown)))}: a key must be text", "quote it")
     if key.value in first:
         line = _line(first[key.value][0])
-        return Problem(
-            where, f"{dotted((*path, key.value))}: given twice, first on line {line}", "remove one"
-        )
+        return Problem(where, f"{dotted((*path, key.value))}: given twice, first on line {line}", "remove one")
     return secret_problem(where, dotted((*path, key.value))) if is_secret(key.value) else None
 
 
@@ -181,20 +165,14 @@ def _value_problem(node: yaml.Node, path: KeyPath, where: str) -> Problem | None
         return None
     text = node.value
     if "${" in text:
-        return Problem(
-            where, f"{dotted(path)}: `{text}`: interpolation is not supported", "write the value out"
-        )
+        return Problem(where, f"{dotted(path)}: `{text}`: interpolation is not supported", "write the value out")
     if node.style is not None:
         return None
     if _SWITCH.fullmatch(text):
         hint = "write true or false, or quote it if it is text"
-        return Problem(
-            where, f"{dotted(path)}: `{text}` is read as a switch by some and as text by others", hint
-        )
+        return Problem(where, f"{dotted(path)}: `{text}` is read as a switch by some and as text by others", hint)
     if _ODD_NUMBER.fullmatch(text):
-        return Problem(
-            where, f"{dotted(path)}: YAML reads `{text}` as another number", "quote it if it is text"
-        )
+        return Problem(where, f"{dotted(path)}: YAML reads `{text}` as another number", "quote it if it is text")
     if _NOT_FINITE.fullmatch(text):
         return Problem(where, f"{dotted(path)}: `{text}` is not a finite number")
     return None

@@ -16,7 +16,7 @@ from align.recipe.reading import Reading, StageRecipe
 from align.recipe.settings import RecipeSettings
 
 if TYPE_CHECKING:
-    from align.pipeline.stage import StageSpec
+    from align.recipe.spec import StageSpec
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ def load_recipe(
     document = read_document(path, label) if path and label else Document()
     given, problems = parse_overrides(overrides)
     options = {"model": model, "data": data}
-    shortcuts = [
-        Override(f"--{name} {value}", (name,), value) for name, value in options.items() if value is not None
-    ]
+    shortcuts = [Override(f"--{name} {value}", (name,), value) for name, value in options.items() if value is not None]
     reading = Reading(
         values=document.values,
         origins=Origins(label, document.lines, [*shortcuts, *given], requested),

@@ -75,9 +75,7 @@ def _wanted(items: list[ErrorDetails]) -> list[str]:
     return list(dict.fromkeys(_WANTED[item["type"]] for item in items if item["type"] in _WANTED))
 
 
-def _reason(
-    path: KeyPath, items: list[ErrorDetails], model: type[Settings], prefix: KeyPath
-) -> tuple[str, str]:
+def _reason(path: KeyPath, items: list[ErrorDetails], model: type[Settings], prefix: KeyPath) -> tuple[str, str]:
     """What is wrong, and the hint."""
     item = items[0]
     kind, context, given = item["type"], item.get("ctx", {}), item["input"]
@@ -108,11 +106,7 @@ def _choices(model: type[Settings], path: KeyPath) -> list[str]:
     """The literals allowed at `path`, which may be an item of a list."""
     keys = [part for part in path if isinstance(part, str)]
     holder = model_at(model, tuple(keys[:-1]))
-    return (
-        _literals(holder.model_fields[keys[-1]].annotation)
-        if holder and keys[-1] in holder.model_fields
-        else []
-    )
+    return _literals(holder.model_fields[keys[-1]].annotation) if holder and keys[-1] in holder.model_fields else []
 
 
 def _literals(annotation: Any) -> list[str]:

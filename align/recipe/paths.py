@@ -17,20 +17,18 @@ def locate(text: str, base: Path) -> str:
     itself."""
     path = Path(os.path.normpath(base / Path(text).expanduser()))
     looks_local = text.startswith((".", "~", "/")) or text.endswith(_DATA_SUFFIXES)
-    return str(path) if looks_local or path.exists() else text
+    return str(path) if looks_local or (text and path.exists()) else text
 
 
 def model_reason(located: str) -> tuple[str, str] | None:
     """What is wrong with the path of a model, and the hint; None for a folder or a hub id."""
     path = Path(located)
-    if path.is_dir():
+    if located and path.is_dir():  # no text at all would mean the current folder
         return None
     if path.is_absolute():
         if path.is_file():
             return f"{located} is a file", "a model is a folder with config.json and *.safetensors"
-        beside = (
-            [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
-        )
+        beside = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
         match = nearest(path.name, beside)
         return f"{located}: no such folder", f"did you mean `{path.with_name(match)}`?" if match else ""
     if _HUB_ID.fullmatch(located):

@@ -22,7 +22,7 @@ from align.recipe.settings import DataSettings, ModelSettings, RecipeSettings, S
 from align.recipe.trainer_args import check_trainer_args
 
 if TYPE_CHECKING:  # the pipeline stands above the recipe: its types are known here, its code is not
-    from align.pipeline.stage import StageSpec
+    from align.recipe.spec import StageSpec
 
 OWN = tuple(RecipeSettings.model_fields)
 """Top-level keys that are the recipe's own; every other one is a stage."""
@@ -77,9 +77,7 @@ class Reading:
         if option and readers and all(getattr(stages[name].config, "data", None) for name in readers):
             where = self.origins.where((readers[0], "data"))
             what = f"has no effect: `{readers[0]}` names its own data ({where})"
-            self.problems.append(
-                Problem(option.where, what, f"set `{readers[0]}.data={option.value}` instead")
-            )
+            self.problems.append(Problem(option.where, what, f"set `{readers[0]}.data={option.value}` instead"))
 
     def _stage(self, name: str, spec: StageSpec, names: list[str]) -> Settings | None:
         given = self.values.get(name)

@@ -94,11 +94,7 @@ class Setting:
 def walk(model: type[Settings], default: Any = None, prefix: str = "") -> Iterator[Setting]:
     """Every key of a settings class, those of nested classes right after the key that holds them."""
     for name, field in model.model_fields.items():
-        value = (
-            getattr(default, name)
-            if isinstance(default, model)
-            else field.get_default(call_default_factory=True)
-        )
+        value = getattr(default, name) if isinstance(default, model) else field.get_default(call_default_factory=True)
         yield Setting(prefix + name, field, value)
         inner = nested_in(field)
         if inner is not None:

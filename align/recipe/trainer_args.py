@@ -88,9 +88,7 @@ _LAZY = {("transformers", "TrainingArguments"): "transformers.training_args"}
 """Classes that a package's __init__ loads by name only."""
 
 
-def check_trainer_args(
-    names: Iterable[str], trainer_config: str, path: KeyPath, origins: Origins
-) -> list[Problem]:
+def check_trainer_args(names: Iterable[str], trainer_config: str, path: KeyPath, origins: Origins) -> list[Problem]:
     """The problems of the `trainer_args` at `path`; `trainer_config` is `package.module:Class`."""
     reasons = ((name, _reason(name, trainer_config)) for name in names)
     return [origins.problem((*path, name), *reason) for name, reason in reasons if reason]
@@ -114,9 +112,7 @@ def _reason(name: str, trainer_config: str) -> tuple[str, str] | None:
 def config_fields(module: str, class_name: str) -> frozenset[str]:
     """The annotated fields of a class and its bases, read from source without importing anything."""
     tree = ast.parse(_source(module).read_text(encoding="utf-8"))
-    definition = next(
-        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name
-    )
+    definition = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     own = {
         node.target.id
         for node in definition.body

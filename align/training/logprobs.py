@@ -54,9 +54,7 @@ def response_logprobs(
     return logp, entropy(logits, temperature) if with_entropy else None
 
 
-def response_values(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_width: int
-) -> Tensor:
+def response_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_width: int) -> Tensor:
     """V(s_t), the value of the state in which response token t is chosen: (B,P+T) -> (B,T) float32 or wider.
 
     `model` gives logits (B,P+T,1); the columns are those of `response_logprobs`.
@@ -64,9 +62,7 @@ def response_values(
     return _wide(_response_outputs(model, input_ids, attention_mask, response_width)[..., 0])
 
 
-def _response_outputs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_width: int
-) -> Tensor:
+def _response_outputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_width: int) -> Tensor:
     logits = model(
         input_ids=input_ids,
         attention_mask=attention_mask,

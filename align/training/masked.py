@@ -22,6 +22,17 @@ def identity(sums: Tensor) -> Tensor:
     return sums
 
 
+class Processes(NamedTuple):
+    """How many processes there are, and the sum and the maximum of a 1-D tensor over them."""
+
+    count: int
+    sum: Reduce
+    max: Reduce
+
+
+ALONE = Processes(1, identity, identity)
+
+
 def length_mask(lengths: Tensor, width: int) -> Tensor:
     """lengths (B,) -> bool (B, width): the first `lengths` slots of each row are valid."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
@@ -83,8 +94,6 @@ def correlation(x: Tensor, y: Tensor, reduce: Reduce = identity) -> float:
     """Pearson correlation of two 1-D tensors over all processes; NaN when one of them is constant."""
     x, y = x.double(), y.double()
     ones = torch.ones_like(x)
-    n, sx, sy, sxx, syy, sxy = reduce(
-        torch.stack([term.sum() for term in (ones, x, y, x * x, y * y, x * y)])
-    ).tolist()
+    n, sx, sy, sxx, syy, sxy = reduce(torch.stack([term.sum() for term in (ones, x, y, x * x, y * y, x * y)])).tolist()
     spread = (n * sxx - sx * sx) * (n * syy - sy * sy)
     return (n * sxy - sx * sy) / spread**0.5 if spread > 0 else float("nan")

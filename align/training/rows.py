@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from align.context import Context
+from align.data.load import Dataset, load
 from align.data.render import Renderer
-from align.data.rows import Demonstration, Preference, Prompt
+from align.data.rows import Demonstration, Preference
 from align.errors import DataError, Problem
-from align.recipe.settings import TrainingSettings
+from align.recipe.settings import DataSettings, Role, TrainingSettings
+from align.records import write_text
 
 Row = TypeVar("Row")
 TokenRow = dict[str, list[int]]
 MAX_SHOWN = 20
+
+
+def load_rows(settings: DataSettings, role: Role, context: Context) -> Dataset:
+    """The rows of a stage. Rows left out are listed in the stage's rejected.jsonl with the reason."""
+    dataset = load(settings, role)
+    lines = [
+        json.dumps({"where": one.where, "what": one.what, "hint": one.hint}, ensure_ascii=False)
+        for one in dataset.report.skipped
+    ]
+    if lines:
+        write_text(context.directory / "rejected.jsonl", "\n".join(lines) + "\n")
+    return dataset
 
 
 def demonstration_row(renderer: Renderer, row: Demonstration) -> TokenRow:
@@ -53,17 +69,13 @@ def token_rows(
         raise DataError(problems[:MAX_SHOWN])
     if rows and not kept:
         raise DataError(
-            Problem(stage, f"none of {len(rows)} rows fits max_length {config.max_length}", "raise it; " + str(problems[0]))
+            Problem(
+                stage,
+                f"none of {len(rows)} rows fits max_length {config.max_length}",
+                "raise it; " + str(problems[0]),
+            )
         )
     return kept, len(problems)
-
-
-def prompt_rows(renderer: Renderer, prompts: Sequence[Prompt], limit: int) -> tuple[list[list[int]], int]:
-    """Ids of each different prompt of at most `limit` tokens, in order, and how many were too long. Prompts are never
-    cut: a cut question has another answer."""
-    unique = dict.fromkeys(tuple(renderer.prompt(prompt.messages, prompt.source)) for prompt in prompts)
-    kept = [list(ids) for ids in unique if len(ids) <= limit]
-    return kept, len(unique) - len(kept)
 
 
 def _longest(row: dict[str, Any]) -> int:

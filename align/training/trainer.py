@@ -14,8 +14,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from align.context import Context
 from align.errors import NumericError
-from align.pipeline.context import Context
 from align.recipe.settings import OptimSettings, TrainingSettings
 from align.records import committed_folder
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
@@ -84,13 +84,13 @@ def housekeeping_arguments(context: Context) -> dict[str, Any]:
 
 
 class CommittedTrainer(Trainer):
-    """Mixin before a trainer class: checkpoints are whole or absent, and a non-finite loss never reaches the weights."""
+    """Mixin before a trainer class: checkpoints are whole or absent, and no non-finite loss reaches the weights."""
 
     context: Context
     keep_checkpoints: int
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass. Raises NumericError before the optimiser step when the loss is not finite."""
+        """One forward and backward pass. Raises NumericError, before the update, if the loss is not finite."""
         loss = super().training_step(*args, **kwargs)
         if not bool(torch.isfinite(loss)):
             raise NumericError(
@@ -107,7 +107,6 @@ class CommittedTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
             self.state.save_to_json(str(folder / "trainer_state.json"))
         keep_newest(self.context.checkpoints, self.keep_checkpoints)
 
@@ -127,7 +126,12 @@ class Reporter(TrainerCallback):
         self.sample, self.samples_every = sample, samples_every
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         """One line of metrics."""
         numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
@@ -178,5 +182,3 @@ def run_training(
     step = trainer.state.global_step
     if context.stop.is_set and step < trainer.args.max_steps:
         context.stop_here(step)
-
-

@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from align.pipeline.stage import Kind, StageSpec
 from align.recipe.settings import Data, OptimSettings, Role, Settings
+from align.recipe.spec import Kind, StageSpec
 
 
 class Config(Settings):
-    """A Llama-shaped model and its byte-level BPE tokenizer, trained on a corpus. For demos, tests and small domains."""
+    """A Llama-shaped model and its byte-level BPE tokenizer, trained on a corpus. For demos and tests."""
 
     kind: Literal["base"] = "base"
     """Stage kind."""

@@ -8,17 +8,24 @@ from typing import Any
 import torch
 from datasets import Dataset as RowDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
-from align.data.load import load
+from align.context import Context
 from align.data.render import PAD_TOKEN, Renderer
 from align.data.rows import Document
 from align.evaluation.stage import evaluate_stage, held_out_prompts
+from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.opened import Opened, commit_policy
-from align.pipeline.context import Context
-from align.pipeline.stage import StageResult
 from align.recipe.settings import EvaluationSettings, Role
+from align.training.rows import load_rows
 from align.training.trainer import CommittedTrainer, housekeeping_arguments, optimiser_arguments, run_training
 from stages.base.config import Config
 
@@ -46,7 +53,7 @@ def run(config: Config, context: Context) -> StageResult:
     """Tokenizer, random weights, next-token training, commit, measurement."""
     set_seed(context.seed("weights"))
     assert config.data is not None
-    documents = load(config.data, Role.CORPUS)
+    documents = load_rows(config.data, Role.CORPUS, context)
     tokenizer = train_tokenizer(documents.train, config.vocabulary, config.context)
     opened = Opened(new_model(config, tokenizer), tokenizer, Renderer(tokenizer, "chat"))
     blocks = packed(tokenizer, documents.train, config.sequence_length)
@@ -95,8 +102,8 @@ def new_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
             num_key_value_heads=config.heads,
             max_position_embeddings=config.context,
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.get_vocab()[PAD_TOKEN],
+            eos_token_id=tokenizer.get_vocab()[END],
             bos_token_id=None,
         )
     )

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import PositiveFloat
 
-from align.pipeline.stage import Kind, Slot, StageSpec
 from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings
+from align.recipe.spec import Kind, Slot, StageSpec
 
 
 class Config(TrainingSettings):

@@ -6,17 +6,16 @@ from datasets import Dataset as RowDataset
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
-from align.data.load import load
+from align.context import Context
 from align.data.rows import Prompt
 from align.evaluation.likelihood import preference_metrics
 from align.evaluation.stage import evaluate_stage, held_out_prompts, sampler
+from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import commit_policy, open_policy
-from align.pipeline.context import Context
-from align.pipeline.stage import StageResult
 from align.recipe.settings import EvaluationSettings, Role
-from align.training.rows import preference_row, token_rows
+from align.training.rows import load_rows, preference_row, token_rows
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
 from stages.dpo.config import Config
 
@@ -29,7 +28,7 @@ def run(config: Config, context: Context) -> StageResult:
     """Loads the policy twice (trained, frozen reference), trains on pairs, commits, measures."""
     set_seed(context.seed("weights"))
     assert config.data is not None
-    dataset = load(config.data, Role.PREFERENCES)
+    dataset = load_rows(config.data, Role.PREFERENCES, context)
     opened = open_policy(context.input("policy"), config.data.template)
     reference = open_policy(context.input("policy"), config.data.template).model
 

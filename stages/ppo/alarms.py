@@ -98,8 +98,7 @@ RULES = (
         "score_follows_length",
         ("val/score_length_corr",),
         lambda m: m["val/score_length_corr"] > 0.5,
-        "score and length correlate by {val/score_length_corr:.2f}: the reward model may be paying for "
-        "length",
+        "score and length correlate by {val/score_length_corr:.2f}: the reward model may be paying for length",
     ),
     Rule(
         "score_beyond_training",
@@ -126,8 +125,7 @@ RULES = (
         "steps_too_large",
         ("policy/approxkl_avg",),
         lambda m: m["policy/approxkl_avg"] > 0.1,
-        "the policy moves by a KL of {policy/approxkl_avg:.3g} per token within a rollout: lower optim.lr "
-        "or epochs",
+        "the policy moves by a KL of {policy/approxkl_avg:.3g} per token within a rollout: lower optim.lr or epochs",
     ),
     Rule(
         "entropy_collapse",

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from align.pipeline.context import Context
+from align.context import Context
 from align.records import committed_folder
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
 from stages.ppo.alarms import History

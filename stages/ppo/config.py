@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from align.pipeline.stage import Kind, Slot, StageSpec
 from align.recipe.settings import CheckpointSettings, Data, Fraction, OptimSettings, Role, Settings, execution
+from align.recipe.spec import Kind, Slot, StageSpec
 
 
 class KLSettings(Settings):
@@ -149,7 +149,9 @@ class Config(Settings):
     @model_validator(mode="after")
     def _divides(self) -> Config:
         if self.rollout.prompts % self.minibatches:
-            raise ValueError(f"rollout.prompts {self.rollout.prompts} is not a multiple of minibatches {self.minibatches}")
+            raise ValueError(
+                f"rollout.prompts {self.rollout.prompts} is not a multiple of minibatches {self.minibatches}"
+            )
         return self
 
 

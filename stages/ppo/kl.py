@@ -2,8 +2,7 @@
 
 Per token, with x = log pi - log ref at a token drawn from pi: E[k1] = E[k3] = KL; k2 is biased. Only k1
 belongs in the reward: its score-function gradient is that of the KL, while k2, k3 and |k1| have another fixed
-point. k3 is measured next to it, because the two means can only disagree if the tokens were not drawn from
-pi.
+point. k3 is measured next to it: if the two means disagree, tokens were not drawn from pi, or too few were.
 """
 
 from __future__ import annotations

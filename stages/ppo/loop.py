@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 
+from align.context import Context
 from align.data.render import Renderer
 from align.data.rows import Message
 from align.errors import NumericError
 from align.generation.engine import RolloutEngine, Samples, Sampling
-from align.pipeline.context import Context
 from align.training.progress import StageProgress
 from stages.ppo import alarms
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
@@ -63,7 +63,9 @@ class Loop:
         context.samples.truncate_after(start)
         checkpoint_every = config.checkpoint.every_steps or math.ceil(config.rollouts / 10)
         self.accelerator.init_trackers(context.job.stage, config=None)
-        with StageProgress(context.job.stage, config.rollouts, "rollouts", enabled=self.accelerator.is_main_process) as bar:
+        with StageProgress(
+            context.job.stage, config.rollouts, "rollouts", enabled=self.accelerator.is_main_process
+        ) as bar:
             for index in range(start, config.rollouts):
                 metrics = self.rollout(index)
                 done = index + 1
@@ -85,7 +87,7 @@ class Loop:
         if index == 0 and self.starts_at_reference():
             difference = (rollout.logp_old - rollout.logp_ref).abs().max()
             alarms.check_starts_at_reference(float(difference), self.trainer.rounding)
-        observed = rollout_metrics(rollout, self.config.kl.coef, raw_scores.to(device), self.trainer.reduce)
+        observed = rollout_metrics(rollout, self.config.kl.coef, raw_scores.to(device), self.trainer.processes.sum)
         improved = self.trainer.improve(rollout, index)
         self.engine.sync()
         self.write_samples(index, questions, samples, raw_scores, rollout)
@@ -112,7 +114,11 @@ class Loop:
         rollout = self.config.rollout
         seed = self.context.seed(f"{name}, process {self.accelerator.process_index}")
         sampling = Sampling(
-            rollout.max_response_tokens, rollout.temperature, self.renderer.stop_ids, self.renderer.pad_id, seed
+            rollout.max_response_tokens,
+            rollout.temperature,
+            self.renderer.stop_ids,
+            self.renderer.pad_id,
+            seed,
         )
         return self.engine.generate([one.ids for one in questions], sampling)
 
@@ -141,7 +147,12 @@ class Loop:
             self.console.print(f"  [yellow]{self.context.job.stage}, rollout {done}:[/] {escape(alarm.message)}")
 
     def write_samples(
-        self, index: int, questions: Sequence[Question], samples: Samples, raw_scores: torch.Tensor, rollout: Rollout
+        self,
+        index: int,
+        questions: Sequence[Question],
+        samples: Samples,
+        raw_scores: torch.Tensor,
+        rollout: Rollout,
     ) -> None:
         """A few responses of this rollout to samples.jsonl, at fixed rollouts."""
         every = self.config.samples_every or math.ceil(self.config.rollouts / 10)

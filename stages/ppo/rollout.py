@@ -41,7 +41,11 @@ class Responses:
         left = prompt_width - int(attention[:, :prompt_width].sum(1).max())
         columns = slice(left, attention.shape[1] - unused)
         return Responses(
-            self.input_ids[index, columns], attention[:, columns], lengths, self.finished[index], self.width - unused
+            self.input_ids[index, columns],
+            attention[:, columns],
+            lengths,
+            self.finished[index],
+            self.width - unused,
         )
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from functools import partial
-
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import set_seed
 
-from align.data.load import load
+from align.context import Context
 from align.errors import ConfigError, DataError, Problem
 from align.evaluation.stage import evaluate_stage, held_out_prompts
 from align.generation.transformers_engine import TransformersEngine
+from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.load import critic_from_policy, critic_from_reward
 from align.models.opened import Opened, commit_policy, open_policy, open_reward
-from align.pipeline.context import Context
-from align.pipeline.stage import StageResult
 from align.recipe.settings import EvaluationSettings, Role
+from align.training.masked import Processes
+from align.training.rows import load_rows
 from align.training.trainer import training_dtype
 from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
@@ -32,10 +29,12 @@ def run(config: Config, context: Context) -> StageResult:
     set_seed(context.seed("weights"))
     assert config.data is not None
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), log_with=list(context.job.track) or None, project_dir=str(context.directory)
+        cpu=not torch.cuda.is_available(),
+        log_with=list(context.job.track) or None,
+        project_dir=str(context.directory),
     )
     template = config.data.template
-    dataset = load(config.data, Role.PROMPTS)
+    dataset = load_rows(config.data, Role.PROMPTS, context)
     policy = open_policy(context.input("policy"), template)
     reference = open_policy(context.input("reference"), template)
     reward = open_reward(context.input("reward"), template)
@@ -45,6 +44,12 @@ def run(config: Config, context: Context) -> StageResult:
         critic = critic_from_reward(context.input("reward"), policy.tokenizer, torch.float32)
     else:
         critic = critic_from_policy(context.input("policy"), policy.tokenizer, torch.float32)
+    steps_per_epoch = config.minibatches * accelerator.num_processes
+    if config.rollout.prompts % steps_per_epoch:
+        raise ConfigError(
+            f"ppo.rollout.prompts: {config.rollout.prompts} prompts do not divide into {config.minibatches} minibatches "
+            f"on each of {accelerator.num_processes} processes; use a multiple of {steps_per_epoch}"
+        )
     questions, too_long = training_questions(policy, dataset.train, config)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
     prompts = held_out_prompts(evaluation, dataset.held_out, dataset.train)
@@ -61,9 +66,8 @@ def run(config: Config, context: Context) -> StageResult:
         critic.train(),
         reference.model,
         seed=context.seed("minibatches"),
-        reduce=partial(sum_over_processes, accelerator),
-        world_size=accelerator.num_processes,
-        autocast=partial(autocast, accelerator.device, training_dtype(config.precision)),
+        processes=all_processes(accelerator),
+        precision=training_dtype(config.precision),
     )
     engine = TransformersEngine(policy.model, batch_size)
     loop = Loop(config, context, accelerator, trainer, engine, scorer, policy.renderer, questions)
@@ -74,7 +78,11 @@ def run(config: Config, context: Context) -> StageResult:
     metrics = evaluate_stage(
         context, evaluation, effective, policy.renderer, prompts, reference=reference.model, scorer=scorer
     )
-    counts = {"optimiser_steps": trainer.num_steps, "prompts_trained": len(questions), "prompts_too_long": too_long}
+    counts = {
+        "optimiser_steps": trainer.num_steps,
+        "prompts_trained": len(questions),
+        "prompts_too_long": too_long,
+    }
     return StageResult({**metrics, **counts}, handover)
 
 
@@ -89,22 +97,23 @@ def training_questions(policy: Opened, prompts: list, config: Config) -> tuple[l
         unique.setdefault(tuple(ids), Question(prompt.messages, ids))
     questions = [question for question in unique.values() if len(question.ids) <= config.max_prompt_tokens]
     if not questions:
-        raise DataError(Problem("ppo.data", f"none of {len(unique)} prompts has at most {config.max_prompt_tokens} tokens"))
+        raise DataError(
+            Problem("ppo.data", f"none of {len(unique)} prompts has at most {config.max_prompt_tokens} tokens")
+        )
     longest = max(len(question.ids) for question in questions) + config.rollout.max_response_tokens
     context = getattr(policy.model.config, "max_position_embeddings", None)
     if context is not None and longest > context:
         raise ConfigError(
-            f"ppo: the longest prompt and rollout.max_response_tokens come to {longest} tokens, the policy's context is "
-            f"{context}; lower rollout.max_response_tokens or max_prompt_tokens"
+            f"ppo: the longest prompt and rollout.max_response_tokens come to {longest} tokens, the policy's context "
+            f"is {context}; lower rollout.max_response_tokens or max_prompt_tokens"
         )
     return questions, len(unique) - len(questions)
 
 
-def sum_over_processes(accelerator: Accelerator, sums: Tensor) -> Tensor:
-    """Sums a 1-D tensor over all processes."""
-    return accelerator.reduce(sums, "sum")  # type: ignore[return-value]
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Mixed precision of the forward passes; float32 switches it off."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+def all_processes(accelerator: Accelerator) -> Processes:
+    """Sums and maxima over the processes of an accelerator."""
+    return Processes(
+        accelerator.num_processes,
+        sum=lambda tensor: accelerator.reduce(tensor, "sum"),  # type: ignore[return-value]
+        max=lambda tensor: accelerator.gather(tensor).max()[None],  # type: ignore[union-attr]
+    )

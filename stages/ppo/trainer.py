@@ -10,8 +10,6 @@ Hugging Face model; actor and reference give logits (B,L,V), the critic (B,L,1).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from align.errors import NumericError
 from align.recipe.settings import OptimSettings
 from align.training.logprobs import response_logprobs, response_values
-from align.training.masked import Reduce, correlation, identity, masked_sum, moments, whiten
+from align.training.masked import ALONE, Processes, Reduce, correlation, identity, masked_sum, moments, whiten
 from align.training.schedule import learning_rate_factor
 from stages.ppo import kl
 from stages.ppo.advantages import explained_variance, gae
@@ -29,16 +27,16 @@ from stages.ppo.losses import policy_loss, value_loss
 from stages.ppo.rewards import assemble, missing_eos
 from stages.ppo.rollout import Responses, Rollout
 
-ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.2}
-"""Largest difference of a token's log-probability between two passes of the same weights, by dtype. Only other batch
-shapes round differently."""
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+"""Largest difference of a token's log-probability between two passes of the same weights, by the dtype of the passes.
+Only other batch shapes round differently."""
 
 
 class PPOTrainer:
     """Actor, critic, frozen reference, and their two optimisers.
 
-    `reduce` sums a 1-D tensor over all processes, `world_size` counts them: every sum over tokens is divided once, by
-    the valid tokens of the whole optimiser step over all micro-batches and processes.
+    `processes` sums and maximises over all processes: every sum over tokens is divided once, by the valid tokens of
+    the whole optimiser step over all micro-batches and processes. `precision` is the dtype of the forward passes.
     """
 
     def __init__(
@@ -49,18 +47,17 @@ class PPOTrainer:
         reference: nn.Module,
         *,
         seed: int,
-        reduce: Reduce = identity,
-        world_size: int = 1,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        processes: Processes = ALONE,
+        precision: torch.dtype = torch.float32,
     ):
         self.config, self.seed = config, seed
         self.actor, self.critic, self.reference = actor, critic, reference
-        self.reduce, self.world_size, self.autocast = reduce, world_size, autocast
+        self.processes = processes
         self.optimisers = {
             "actor": _optimiser(actor, config.optim),
             "critic": _optimiser(critic, config.critic.optim),
         }
-        self.rounding = ROUNDING[next(actor.parameters()).dtype]
+        self.precision, self.rounding = precision, ROUNDING[precision]
         self.num_steps = 0
         """Optimiser steps taken: rollouts x epochs x minibatches."""
 
@@ -77,12 +74,14 @@ class PPOTrainer:
             batch = responses.rows(index)
             arguments = (batch.input_ids, batch.attention_mask, batch.width)
             temperature = config.rollout.temperature
-            with self.autocast():
+            with self._autocast():
                 logp, entropy = response_logprobs(self.actor, *arguments, temperature, with_entropy=True)
                 reference, _ = response_logprobs(self.reference, *arguments, temperature)
                 values = response_values(self.critic, *arguments)
             assert entropy is not None
-            for name, part in zip(("logp", "ref", "values", "entropy"), (logp, reference, values, entropy), strict=True):
+            for name, part in zip(
+                ("logp", "ref", "values", "entropy"), (logp, reference, values, entropy), strict=True
+            ):
                 parts[name].append(nn.functional.pad(part, (0, responses.width - batch.width)))
         logp, logp_ref, values, entropy = (
             torch.where(mask, torch.cat(parts[name]), 0) for name in ("logp", "ref", "values", "entropy")
@@ -91,7 +90,7 @@ class PPOTrainer:
         rewards = assemble(scores, logp, logp_ref, responses.lengths, config.kl.coef)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         if config.whiten_advantages:
-            advantages = whiten(advantages, mask, self.reduce)
+            advantages = whiten(advantages, mask, self.processes.sum)
         return Rollout(responses, scores, logp, logp_ref, values, rewards, advantages, returns, entropy)
 
     def improve(self, rollout: Rollout, index: int) -> dict[str, float]:
@@ -109,24 +108,24 @@ class PPOTrainer:
             generator = torch.Generator().manual_seed(self.seed + 100_003 * (index * config.epochs + epoch))
             order = torch.randperm(rows, generator=generator)
             for number, minibatch in enumerate(order.chunk(config.minibatches)):
-                stats = self._step(rollout, minibatch, train_actor)
-                if epoch == number == 0 and train_actor:
-                    check_same_policy(stats["log_ratio_max"], self.rounding)
+                stats = self._step(rollout, minibatch, train_actor, is_first=epoch == number == 0)
                 for name, value in stats.items():
                     totals[name] = max(totals[name], value) if name.endswith("_max") else totals[name] + value
         count = config.epochs * config.minibatches
         averages = {name: value if name.endswith("_max") else value / count for name, value in totals.items()}
         return _named(averages, self.optimisers["actor"].param_groups[0]["lr"] if train_actor else 0.0)
 
-    def _step(self, rollout: Rollout, minibatch: Tensor, train_actor: bool) -> dict[str, float]:
+    def _step(self, rollout: Rollout, minibatch: Tensor, train_actor: bool, is_first: bool) -> dict[str, float]:
         """One optimiser step of both models on some rows of the rollout. Returns its averages."""
-        weight = float(self.reduce(rollout.responses.mask[minibatch].sum()[None].double()))
+        weight = float(self.processes.sum(rollout.responses.mask[minibatch].sum()[None].double()))
         sums: dict[str, Tensor] = {}
         for part in minibatch.split(self.config.micro_batch_size):
             for name, value in self._micro_batch(rollout, part, weight, train_actor).items():
                 known = sums.get(name, torch.zeros_like(value))
                 sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value
-        stats = {name: _over_processes(name, value, weight, self) for name, value in sums.items()}
+        stats = {name: self._average(name, value, weight) for name, value in sums.items()}
+        if is_first and train_actor:
+            check_same_policy(stats["log_ratio_max"], self.rounding)
         models = {"actor": self.actor, "critic": self.critic} if train_actor else {"critic": self.critic}
         settings = {"actor": self.config.optim, "critic": self.config.critic.optim}
         for name, model in models.items():
@@ -149,10 +148,10 @@ class PPOTrainer:
             for tensor in (rollout.logp_old, rollout.advantages, rollout.values, rollout.returns)
         )
         # Distributed data parallel averages gradients over processes; the sum over all of them is wanted.
-        scale = self.world_size / weight
+        scale = self.processes.count / weight
         stats: dict[str, Tensor] = {}
         if train_actor:
-            with self.autocast():
+            with self._autocast():
                 logp, entropy = response_logprobs(
                     self.actor, *arguments, config.rollout.temperature, with_entropy=config.entropy_coef > 0
                 )
@@ -162,11 +161,21 @@ class PPOTrainer:
             if entropy is not None:
                 objective = policy_sum - config.entropy_coef * masked_sum(entropy, mask)
             (objective * scale).backward()
-        with self.autocast():
+        with self._autocast():
             values = response_values(self.critic, *arguments)
         value_sum, value_stats = value_loss(values, old_values, returns, mask, config.clip.value)
         (value_sum * scale).backward()
         return {**stats, "value_loss": value_sum.detach(), "value_clipfrac": value_stats["clipfrac"]}
+
+    def _average(self, name: str, value: Tensor, weight: float) -> float:
+        """A sum over tokens divided by their number, or a maximum, over all processes."""
+        if name.endswith("_max"):
+            return float(self.processes.max(value[None].double()))
+        return float(self.processes.sum(value[None].double())) / weight
+
+    def _autocast(self) -> torch.autocast:
+        device = next(self.actor.parameters()).device.type
+        return torch.autocast(device, dtype=self.precision, enabled=self.precision is not torch.float32)
 
     def _set_learning_rates(self, index: int) -> None:
         settings = {"actor": self.config.optim, "critic": self.config.critic.optim}
@@ -207,7 +216,8 @@ def rollout_metrics(rollout: Rollout, coef: float, raw_scores: Tensor, reduce: R
         "val/response_length": moments(lengths, reduce=reduce).mean,
         "val/num_eos_tokens": num_finished,
         "val/eos_rate": num_finished / moments(lengths, reduce=reduce).count,
-        "val/score_length_corr": correlation(rollout.scores, lengths, reduce),
+        # Of the reward model's own scores: the missing-EOS rule lowers those of the longest responses.
+        "val/score_length_corr": correlation(raw_scores, lengths, reduce),
     }
 
 
@@ -233,12 +243,6 @@ def _named(averages: dict[str, float], learning_rate: float) -> dict[str, float]
             "val/ratio_max": averages["ratio_max"],
         }
     return metrics
-
-
-def _over_processes(name: str, value: Tensor, weight: float, trainer: PPOTrainer) -> float:
-    if name.endswith("_max"):
-        return float(value)
-    return float(trainer.reduce(value[None].double())) / weight
 
 
 def _optimiser(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:

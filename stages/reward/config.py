@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from align.pipeline.stage import Kind, Slot, StageSpec
 from align.recipe.settings import Data, OptimSettings, Role, Settings, TrainingSettings
+from align.recipe.spec import Kind, Slot, StageSpec
 
 
 class NormaliseSettings(Settings):
@@ -33,7 +33,7 @@ class Config(TrainingSettings):
     """Preferences. None: the recipe's `data`."""
 
     center: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of mean((r_chosen + r_rejected)^2), which keeps the scores' offset from drifting (Eisenstein et al. 2023)."""
+    """Weight of mean((r_chosen + r_rejected)^2), which keeps the offset from drifting (Eisenstein et al. 2023)."""
 
     normalise: NormaliseSettings = NormaliseSettings()
     """Normalisation of the finished model; PPO's defaults (missing-EOS score, value clip, KL coefficient) assume it."""

@@ -7,21 +7,20 @@ from typing import Any
 
 import torch
 from datasets import Dataset as RowDataset
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
-from align.data.load import load
+from align.context import Context
 from align.evaluation.reward import pair_metrics
 from align.generation.engine import Sampling
 from align.generation.transformers_engine import TransformersEngine
+from align.job import StageResult
 from align.models.handover import NUM_PROBES, probe_values
 from align.models.lora import add_lora, merged, trainable_parameters
 from align.models.opened import Opened, commit_reward, open_as_reward, open_policy
 from align.models.reward import normalise, score_sequences
-from align.pipeline.context import Context
-from align.pipeline.stage import StageResult
 from align.recipe.settings import Role
-from align.training.rows import TokenRow, preference_row, token_rows
+from align.training.rows import TokenRow, load_rows, preference_row, token_rows
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
 from stages.reward.config import Config
 
@@ -36,7 +35,7 @@ def run(config: Config, context: Context) -> StageResult:
     """Trains the head and backbone on pairs, normalises, commits, measures on held-out pairs."""
     set_seed(context.seed("weights"))
     assert config.data is not None
-    dataset = load(config.data, Role.PREFERENCES)
+    dataset = load_rows(config.data, Role.PREFERENCES, context)
     opened = open_as_reward(context.input("policy"), config.data.template)
 
     def convert(row):  # one conversion for both splits
@@ -91,9 +90,7 @@ def run(config: Config, context: Context) -> StageResult:
     return StageResult(metrics, handover)
 
 
-def reference_samples(
-    config: Config, context: Context, opened: Opened, train: Sequence[TokenRow]
-) -> list[list[int]]:
+def reference_samples(config: Config, context: Context, opened: Opened, train: Sequence[TokenRow]) -> list[list[int]]:
     """Prompt and response ids sampled from the starting policy on training prompts: the distribution on which the
     score is to have mean 0 and standard deviation 1 (Ziegler et al. 2019)."""
     assert config.data is not None
@@ -102,7 +99,11 @@ def reference_samples(
     prompts = [train[index % len(train)]["prompt_ids"] for index in range(count)]
     renderer = opened.renderer
     sampling = Sampling(
-        config.normalise.max_response_tokens, 1.0, renderer.stop_ids, renderer.pad_id, context.seed("normalise")
+        config.normalise.max_response_tokens,
+        1.0,
+        renderer.stop_ids,
+        renderer.pad_id,
+        context.seed("normalise"),
     )
     samples = TransformersEngine(policy, SCORING_BATCH).generate(prompts, sampling)
     # A response that was cut off is closed, so that every score is read where the model was trained to give it.
@@ -113,7 +114,7 @@ def reference_samples(
 
 
 @torch.no_grad()
-def score_all(model: PreTrainedModel, sequences: Sequence[list[int]], pad_id: int) -> torch.Tensor:
+def score_all(model: Any, sequences: Sequence[list[int]], pad_id: int) -> torch.Tensor:
     """Scores (N,) of many sequences, a batch at a time."""
     batches = [sequences[start : start + SCORING_BATCH] for start in range(0, len(sequences), SCORING_BATCH)]
     return torch.cat([score_sequences(model, batch, pad_id) for batch in batches])

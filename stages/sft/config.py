@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from align.pipeline.stage import Kind, Slot, StageSpec
 from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings
+from align.recipe.spec import Kind, Slot, StageSpec
 
 
 class Config(TrainingSettings):

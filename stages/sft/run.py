@@ -6,17 +6,16 @@ from datasets import Dataset as RowDataset
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from align.data.load import load
+from align.context import Context
 from align.data.rows import Prompt
 from align.evaluation.likelihood import token_loss
 from align.evaluation.stage import evaluate_stage, held_out_prompts, sampler
+from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import commit_policy, open_policy
-from align.pipeline.context import Context
-from align.pipeline.stage import StageResult
 from align.recipe.settings import EvaluationSettings, Role
-from align.training.rows import demonstration_row, token_rows
+from align.training.rows import demonstration_row, load_rows, token_rows
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
 from stages.sft.config import Config
 
@@ -29,7 +28,7 @@ def run(config: Config, context: Context) -> StageResult:
     """Loads the policy, trains on the assistant's tokens, commits, measures."""
     set_seed(context.seed("weights"))
     assert config.data is not None
-    dataset = load(config.data, Role.DEMONSTRATIONS)
+    dataset = load_rows(config.data, Role.DEMONSTRATIONS, context)
     opened = open_policy(context.input("policy"), config.data.template)
 
     def convert(row):  # one conversion for both splits

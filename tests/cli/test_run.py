@@ -1,4 +1,4 @@
-"""`align run --dry-run` and `align plan` on the real stages, and the tables they print. Nothing is trained here."""
+"""`align run --dry-run` and `align plan` on the real stages, and their tables. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -137,8 +137,8 @@ def test_the_result_table_has_intervals_and_dashes_and_fits_a_terminal() -> None
         "response_length": 12.34,
         "reward": 1.5,
     }
-    stages = {"base": {"gold": 0.1}, "ppo": policy, "reward": {"accuracy": 0.8333, "accuracy_ci95": [0.8, 0.9]}}
-    text = shown({"stages": stages})
+    reward = {"accuracy": 0.8333, "accuracy_ci95": [0.8, 0.9]}
+    text = shown({"stages": {"base": {"gold": 0.1}, "ppo": policy, "reward": reward}})
     assert "0.781 [0.751, 0.811]" in text
     assert "6.10 [5.90, 6.30]" in text
     assert "0.833 [0.800, 0.900]" in text

@@ -87,9 +87,7 @@ def test_all_problems_of_all_files_are_shown_up_to_twenty() -> None:
         "a.jsonl:3: `chosen` is null",
     ]
     assert len(shown) == 22
-    assert shown[-1].startswith(
-        "data: 31 bad rows: 16 missing, 15 empty (the first 20 are shown; `on_bad: skip`"
-    )
+    assert shown[-1].startswith("data: 31 bad rows: 16 missing, 15 empty (the first 20 are shown; `on_bad: skip`")
 
 
 def test_skip_leaves_bad_rows_out_and_says_which() -> None:
@@ -106,10 +104,7 @@ def test_skip_never_drops_everything() -> None:
     write("a.jsonl", [{**pairs(1)[0], "chosen": bad} for bad in ("", None)])
     assert messages(path="a.jsonl", on_bad="skip")[-1] == "data: no row is left to train on"
     write("b.jsonl", pairs(1))
-    assert (
-        messages(path="b.jsonl", held_out_path="a.jsonl", on_bad="skip")[-1]
-        == "data: no row is left to hold out"
-    )
+    assert messages(path="b.jsonl", held_out_path="a.jsonl", on_bad="skip")[-1] == "data: no row is left to hold out"
 
 
 def test_few_ties_are_left_out_and_many_are_an_error() -> None:
@@ -124,13 +119,9 @@ def test_few_ties_are_left_out_and_many_are_an_error() -> None:
 
 def test_max_rows_takes_the_first_after_all_are_checked() -> None:
     data = preferences(path=write("a.jsonl", pairs(50)), max_rows=10)
-    assert {row.source for row in data.train + data.held_out} == {
-        f"a.jsonl:{number}" for number in range(1, 11)
-    }
+    assert {row.source for row in data.train + data.held_out} == {f"a.jsonl:{number}" for number in range(1, 11)}
     write("a.jsonl", [*pairs(50), {"prompt": "a", "chosen": "b"}])
-    assert messages(path="a.jsonl", max_rows=10) == [
-        "a.jsonl:51: `rejected` is missing (there is: prompt, chosen)"
-    ]
+    assert messages(path="a.jsonl", max_rows=10) == ["a.jsonl:51: `rejected` is missing (there is: prompt, chosen)"]
 
 
 def test_held_out_path_is_held_out_whole() -> None:
@@ -184,7 +175,4 @@ def test_reading_json_imports_nothing_heavy() -> None:
         "load(DataSettings(path='a.jsonl'), Role.PREFERENCES); "
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"

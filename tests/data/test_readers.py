@@ -72,9 +72,7 @@ def test_one_bad_row_of_an_array_does_not_hide_the_others() -> None:
     assert [number for number, _ in table.bad] == [2]
 
 
-@given(
-    st.lists(st.dictionaries(TEXT, TEXT | st.none() | st.lists(TEXT), min_size=1), min_size=1), st.booleans()
-)
+@given(st.lists(st.dictionaries(TEXT, TEXT | st.none() | st.lists(TEXT), min_size=1), min_size=1), st.booleans())
 def test_json_round_trip(rows: list[dict], ascii_only: bool) -> None:
     lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
     numbered = list(enumerate(rows, start=1))
@@ -82,9 +80,7 @@ def test_json_round_trip(rows: list[dict], ascii_only: bool) -> None:
     assert read(f"[{','.join(lines)}]".encode(), ".json").rows == numbered
 
 
-@given(
-    st.binary() | st.text('{}[]",:\\u0a1 \n').map(str.encode), st.sampled_from([".jsonl", ".json", ".csv"])
-)
+@given(st.binary() | st.text('{}[]",:\\u0a1 \n').map(str.encode), st.sampled_from([".jsonl", ".json", ".csv"]))
 def test_any_bytes_are_rows_or_faults(content: bytes, suffix: str) -> None:
     try:
         table = read(content, suffix)

@@ -147,9 +147,7 @@ def test_corpus(row: dict, text: str, tmp_path: Path) -> None:
 def test_system_setting_fills_only_prompts_without_one(tmp_path: Path) -> None:
     asked = read_one({"prompt": ASK}, Role.PROMPTS, tmp_path, system="Be kind.")
     assert asked == Prompt([turn("system", "Be kind."), *ASK], HERE)
-    assert read_one({"prompt": TWO_TURNS}, Role.PROMPTS, tmp_path, system="Be kind.") == Prompt(
-        TWO_TURNS, HERE
-    )
+    assert read_one({"prompt": TWO_TURNS}, Role.PROMPTS, tmp_path, system="Be kind.") == Prompt(TWO_TURNS, HERE)
     own = read_one({"prompt": ASK, "system": "Be brief."}, Role.PROMPTS, tmp_path, system="Be kind.")
     assert own == Prompt([turn("system", "Be brief."), *ASK], HERE)
 
@@ -174,6 +172,4 @@ def test_mapping_decides_between_shapes(tmp_path: Path) -> None:
 
 
 def test_conversations_without_an_answer_can_be_mapped_to_prompts(tmp_path: Path) -> None:
-    assert read_one({"messages": ASK}, Role.PROMPTS, tmp_path, columns={"prompt": "messages"}) == Prompt(
-        ASK, HERE
-    )
+    assert read_one({"messages": ASK}, Role.PROMPTS, tmp_path, columns={"prompt": "messages"}) == Prompt(ASK, HERE)

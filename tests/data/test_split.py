@@ -72,9 +72,7 @@ def test_stages_share_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     questions = [f"What is {number} and {number}?" for number in range(200)]
     files = {
-        Role.PREFERENCES: [
-            {"prompt": q, "chosen": "a", "rejected": str(n)} for q in questions for n in range(2)
-        ],
+        Role.PREFERENCES: [{"prompt": q, "chosen": "a", "rejected": str(n)} for q in questions for n in range(2)],
         Role.DEMONSTRATIONS: [{"instruction": q, "output": "a"} for q in reversed(questions)],
         Role.PROMPTS: [{"prompt": [{"role": "user", "content": q}]} for q in questions],
     }

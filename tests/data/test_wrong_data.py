@@ -99,15 +99,11 @@ LINES = {
     "deep": Case("pairs.jsonl", jsonl(GOOD) + b"[" * 100_000 + b"\n", ":2: not JSON at column 1"),
     "two objects": Case("pairs.jsonl", jsonl(GOOD) + b"{} {}\n", ":2: the line goes on"),
     "no object": Case("pairs.jsonl", jsonl(GOOD, "Hi"), ":2: the row is text"),
-    "latin-1": Case(
-        "pairs.jsonl", jsonl(GOOD) + b'{"a": "\xe9"}\n', ":2: byte 0xe9 at offset 76 of the file"
-    ),
+    "latin-1": Case("pairs.jsonl", jsonl(GOOD) + b'{"a": "\xe9"}\n', ":2: byte 0xe9 at offset 76 of the file"),
     "key twice": Case("pairs.jsonl", jsonl(GOOD) + b'{"a": 1, "a": 2}\n', ":2: the key `a` is given twice"),
     "key twice in json": Case("pairs.json", b'[{"a": 1, "a": 2}]', ":1: the key `a` is given twice"),
     "nan": Case("pairs.jsonl", jsonl(GOOD) + b'{"a": NaN}\n', ":2: NaN is not a JSON value"),
-    "csv cells": Case(
-        "pairs.csv", b"prompt,chosen,rejected\na,b,c\nd,e\n", ":3: 2 cells, but the header has 3"
-    ),
+    "csv cells": Case("pairs.csv", b"prompt,chosen,rejected\na,b,c\nd,e\n", ":3: 2 cells, but the header has 3"),
 }
 
 ROWS = {
@@ -125,9 +121,7 @@ ROWS = {
     "white space": Case("pairs.jsonl", pair(prompt=" \n"), ":2: `prompt` is only whitespace"),
     "surrogate": Case("pairs.jsonl", pair(prompt="a\ud800"), ":2: `prompt` has half a surrogate pair"),
     "tie": Case("pairs.jsonl", pair(rejected="Red. "), ":2: `chosen` and `rejected` are the same"),
-    "same fault": Case(
-        "pairs.jsonl", jsonl(*[{**GOOD, "chosen": ""}] * 3), ": in all 3 rows, `chosen` is empty"
-    ),
+    "same fault": Case("pairs.jsonl", jsonl(*[{**GOOD, "chosen": ""}] * 3), ": in all 3 rows, `chosen` is empty"),
     "no prompt": Case(
         "pairs.jsonl",
         jsonl(*[{"chosen": "Hi: a", "rejected": "Hi: b"}] * 2),
@@ -184,9 +178,7 @@ COLUMNS = {
     ),
     "demonstrations for dpo": Case("talk.jsonl", talk(), ": the file holds demonstrations (messages), not"),
     "text for ppo": Case("book.jsonl", jsonl({"text": "a"}), ": the file holds text (text)", Role.PROMPTS),
-    "misspelt": pairs_case(
-        ": there is no column `chosen`, but", {"prompt": "a", "chosenn": "b", "rejected": "c"}
-    ),
+    "misspelt": pairs_case(": there is no column `chosen`, but", {"prompt": "a", "chosenn": "b", "rejected": "c"}),
     "unknown columns": pairs_case(": the columns `a`, `b` are not", {"a": 1, "b": 2}),
     "ambiguous": Case("talk.jsonl", jsonl(TWO_WAYS), " several ways: messages or prompt", DEMONSTRATIONS),
     "unknown name": pairs_case(": `promt` is not a name", GOOD, columns={"promt": "prompt"}),
@@ -223,9 +215,7 @@ def test_message(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_docs_show_no_other_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {
-        first_message(case, tmp_path / str(index), monkeypatch) for index, case in enumerate(CASES.values())
-    }
+    made = {first_message(case, tmp_path / str(index), monkeypatch) for index, case in enumerate(CASES.values())}
     assert shown_in_docs() == made
 
 

@@ -7,15 +7,12 @@ import json
 import os
 import signal
 import subprocess
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from toy_run import Toy, wait_until
 
 from align.records import read_manifest
-
-if TYPE_CHECKING:
-    from tests.pipeline.conftest import Toy
 
 POINTS = ["base-started", "base-step-1", "base-step-2", "base-committing", "base-committed"]
 WEIGHTS = hashlib.sha256(json.dumps([0.1, 3, 0, [""]]).encode()).hexdigest()
@@ -109,7 +106,7 @@ def test_the_run_stays_locked_while_a_worker_lives(toy: Toy) -> None:
     process = toy.start("run", "base", *toy.hold("base-started"))
     toy.wait_for("base-started")
     (worker,) = toy.workers()
-    descriptors = {os.readlink(entry.path) for entry in os.scandir(f"/proc/{worker}/fd")}
+    descriptors = {str(entry.readlink()) for entry in Path(f"/proc/{worker}/fd").iterdir()}
     assert str(toy.run_dir / ".lock") in descriptors
     toy.release("base-started")
     assert finish(process)[0] == 0
@@ -124,7 +121,7 @@ def test_the_run_stays_locked_while_a_worker_lives(toy: Toy) -> None:
         ("kill", 128 + 9, "killed by SIGKILL (out of memory?)"),
     ],
 )
-def test_a_failing_stage_keeps_its_exit_code_and_says_why(toy: Toy, fail: str, code: int, message: str) -> None:
+def test_a_failing_stage_keeps_its_code_and_says_why(toy: Toy, fail: str, code: int, message: str) -> None:
     shown = toy.align("run", "reward", f"sft.fail={fail}", "sft.steps=1", code=code)
     assert message in shown
     if fail != "kill":

@@ -11,12 +11,13 @@ import pytest
 from toy_stages import SPECS
 
 from align.errors import ConfigError
+from align.job import Job
 from align.pipeline.external import HashCache
 from align.pipeline.fingerprint import make_jobs, module_file
 from align.pipeline.graph import build_graph
 from align.pipeline.reasons import changes
-from align.pipeline.stage import Job, StageSpec
 from align.recipe.load import load_recipe
+from align.recipe.spec import StageSpec
 
 PIN = "a" * 40
 
@@ -78,7 +79,9 @@ def test_editing_the_gold_scorer_changes_the_fingerprint(here: Path) -> None:
     assert reason.startswith("evaluation.gold: its source changed (")
 
 
-@pytest.mark.parametrize("override", ["sft.log_every=7", "track=[tensorboard]", "name=else", "sft.seed=0", "data=moved.jsonl"])
+@pytest.mark.parametrize(
+    "override", ["sft.log_every=7", "track=[tensorboard]", "name=else", "sft.seed=0", "data=moved.jsonl"]
+)
 def test_what_cannot_change_the_result_does_not(here: Path, override: str) -> None:
     (here / "moved.jsonl").write_text((here / "rows.jsonl").read_text())
     assert job().fingerprint == job(override).fingerprint
@@ -100,7 +103,7 @@ def test_a_job_is_complete(here: Path) -> None:
 
 def test_an_unpinned_hub_id_is_refused_offline(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="org/name is not pinned to a commit .write `org/name@<40 hex digits>`"):
+    with pytest.raises(ConfigError, match="org/name is not pinned to a commit"):
         job("model=org/name")
 
 
@@ -110,7 +113,7 @@ def test_a_gold_module_is_found_without_being_imported(here: Path) -> None:
     (here / "pack" / "inner.py").write_text("raise RuntimeError('imported')")
     assert module_file("pack.inner") == here / "pack" / "inner.py"
     assert module_file("align.records").name == "records.py"
-    with pytest.raises(ConfigError, match="no module 'pack.none'"):
+    with pytest.raises(ConfigError, match=r"no module 'pack\.none'"):
         module_file("pack.none")
     with pytest.raises(ConfigError, match="no module 'nowhere'"):
         module_file("nowhere")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from toy_run import RECIPE, Toy
 
 from align.records import sha256_file
-
-if TYPE_CHECKING:
-    from tests.pipeline.conftest import Toy
 
 EVERYTHING = ["base", "sft", "reward", "ppo"]
 
@@ -43,7 +40,8 @@ def test_the_record_says_all_that_made_the_result(toy: Toy) -> None:
     assert record["seed"] == 7
     assert record["config"]["data"]["path"] == str(toy.folder / "rows.jsonl")
     assert record["data"] == record["identity"]["data"]["content"]
-    assert record["files"]["model.safetensors"]["sha256"] == sha256_file(folder / "model" / "model.safetensors")
+    weights = folder / "model" / "model.safetensors"
+    assert record["files"]["model.safetensors"]["sha256"] == sha256_file(weights)
     assert record["command"][1:] == ["run", "sft", "seed=7"]
     assert record["handover"] == {"largest_difference": 0.0}
     assert {"python", "torch", "trl", "align-rlhf"} <= record["versions"].keys()
@@ -94,7 +92,7 @@ def test_settings_that_cannot_change_the_result_change_nothing(toy: Toy) -> None
 
 def test_edited_data_re_runs_who_reads_it(toy: Toy) -> None:
     own = toy.folder / "prefs.jsonl"
-    toy.recipe("name: toy\ndata: rows.jsonl\nbase: {}\nsft: {}\nreward: {data: prefs.jsonl}\nppo: {}\n")
+    toy.recipe(RECIPE.replace("reward: {}", "reward: {data: prefs.jsonl}"))
     own.write_text((toy.folder / "rows.jsonl").read_text())
     toy.align("run")
     own.write_text(own.read_text().replace("good 3", "better 3"))
@@ -166,7 +164,7 @@ def test_a_stage_that_is_only_needed_by_finished_ones_is_not_made_again(toy: Toy
 
 
 def test_the_summary_keeps_stages_of_earlier_commands_that_still_agree(toy: Toy) -> None:
-    toy.recipe("name: toy\ndata: rows.jsonl\nbase: {}\nsft: {}\nreward: {}\nppo: {}\nother: {kind: sft, policy: sft}\n")
+    toy.recipe(RECIPE + "other: {kind: sft, policy: sft}\n")
     toy.align("run", "ppo")
     toy.align("run", "other")
     stages = json.loads((toy.run_dir / "summary.json").read_text())["stages"]

@@ -1,4 +1,4 @@
-"""Stage kinds that take no time: real processes, real files, no torch. Imported by workers through PYTHONPATH.
+"""Stage kinds that take no time: real processes and files, no torch. Workers import it through PYTHONPATH.
 
 `python -m toy_stages ARGUMENTS` is the `align` command with these kinds instead of the real ones.
 """
@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from align.context import Context
 from align.errors import NumericError
-from align.pipeline.context import Context
-from align.pipeline.stage import Kind, Slot, StageResult, StageSpec
+from align.job import StageResult
 from align.recipe.settings import Data, Role, Settings, execution
+from align.recipe.spec import Kind, Slot, StageSpec
 from align.records import committed_folder, sweep
 
 DEADLINE = 60.0
@@ -86,9 +87,7 @@ def _spec(config: type[Settings], output: Kind, **inputs: Slot) -> StageSpec:
 SPECS = {
     "base": _spec(BaseConfig, Kind.POLICY),
     "sft": _spec(SftConfig, Kind.POLICY, policy=Slot(Kind.POLICY, ("base",))),
-    "reward": _spec(
-        RewardConfig, Kind.REWARD, policy=Slot(Kind.POLICY, ("sft", "base"))
-    ),
+    "reward": _spec(RewardConfig, Kind.REWARD, policy=Slot(Kind.POLICY, ("sft", "base"))),
     "ppo": _spec(
         PpoConfig,
         Kind.POLICY,
@@ -128,12 +127,12 @@ def run(config: Config, context: Context) -> StageResult:
 def _weights(context: Context) -> list[str]:
     """What the inputs hold; `base` draws its own, from outside the fingerprint, as other hardware would."""
     folders = [Path(value.path) for value in context.job.inputs.values()]
-    return [(folder / "model.safetensors").read_text() for folder in folders] + [os.environ.get("TOY_DRAW", "")]
+    drawn = os.environ.get("TOY_DRAW", "")
+    return [*((folder / "model.safetensors").read_text() for folder in folders), drawn]
 
 
 def reach(config: Config, context: Context, point: str) -> None:
-    """Says that `point` is reached, stays there while the test has a file `hold-<point>`, and says if it is told to
-    stop."""
+    """Says that `point` is reached, waits while there is a file `hold-<point>`, and says if told to stop."""
     if config.gate is None:
         return
     gate = Path(config.gate)
@@ -158,6 +157,7 @@ def _maybe_fail(config: Config) -> None:
 
 if __name__ == "__main__":
     import toy_stages
+
     from align.cli import main
 
     module = sys.modules["align.cli.run"]

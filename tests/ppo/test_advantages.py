@@ -45,9 +45,7 @@ def test_score_on_the_first_padding_token_is_another_estimator(lam, wrong):
     assert planted[:3] == pytest.approx(wrong)
     ours, _ = run([*R, 0.0], [*V, 0.2], [True] * 3 + [False], lam)
     assert max(abs(a - b) for a, b in zip(ours, wrong, strict=False)) > 0.03
-    assert run(R, V, [True] * 3, 1.0)[0] == pytest.approx(
-        run([0.0, 0.0, 0.0, 1.0], [*V, 0.2], [True] * 4, 1.0)[0][:3]
-    )
+    assert run(R, V, [True] * 3, 1.0)[0] == pytest.approx(run([0.0, 0.0, 0.0, 1.0], [*V, 0.2], [True] * 4, 1.0)[0][:3])
 
 
 def test_bootstrap_of_a_cut_response():
@@ -100,9 +98,7 @@ def test_recursion_equals_the_definition(holes, gamma, lam):
     torch.testing.assert_close(returns, torch.where(mask, ours + values, 0), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("lam", "shift"), [(0.0, [0, 0, -1]), (0.95, [-0.9025, -0.95, -1]), (1.0, [-1, -1, -1])]
-)
+@pytest.mark.parametrize(("lam", "shift"), [(0.0, [0, 0, -1]), (0.95, [-0.9025, -0.95, -1]), (1.0, [-1, -1, -1])])
 def test_constant_critic_offset(lam, shift):
     """CB: V + b shifts A_t by -b lambda^(L-1-t). At lambda 0 only EOS is punished, and answers would grow."""
     plain, _ = run(R, V, [True] * 3, lam)
@@ -117,9 +113,7 @@ def test_rows_and_padding_are_independent():
     mask = torch.arange(5) < torch.tensor([1, 2, 3, 4, 5, 5])[:, None]
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     whole = torch.stack(gae(rewards, values, mask, 1.0, 0.95))
-    assert torch.equal(
-        torch.stack(gae(rewards[order], values[order], mask[order], 1.0, 0.95)), whole[:, order]
-    )
+    assert torch.equal(torch.stack(gae(rewards[order], values[order], mask[order], 1.0, 0.95)), whole[:, order])
     padded = gae(pad(rewards, (0, 3), value=7), pad(values, (0, 3), value=7), pad(mask, (0, 3)), 1.0, 0.95)
     assert torch.equal(torch.stack(padded), pad(whole, (0, 3)))
 

@@ -105,10 +105,7 @@ def naive(model, prompt, response):
 def padded(prompts, responses, left=0, right=0):
     """Left-padded prompts and right-padded responses: input_ids, attention_mask, response width."""
     height, width = max(map(len, prompts)) + left, max(map(len, responses)) + right
-    rows = [
-        [0] * (height - len(p)) + p + r + [0] * (width - len(r))
-        for p, r in zip(prompts, responses, strict=True)
-    ]
+    rows = [[0] * (height - len(p)) + p + r + [0] * (width - len(r)) for p, r in zip(prompts, responses, strict=True)]
     mask = [
         [0] * (height - len(p)) + [1] * len(p + r) + [0] * (width - len(r))
         for p, r in zip(prompts, responses, strict=True)
@@ -125,9 +122,7 @@ def test_batched_logprobs_equal_a_loop_over_tokens(model, left, right):
     """N3 and P1, rows 2 and 25: an off-by-one column or positions counted from the left edge would show here;
     columns of padding on either side change nothing."""
     with torch.no_grad():
-        logp, spread = response_logprobs(
-            model, *padded(PROMPTS, RESPONSES, left, right), 1.0, with_entropy=True
-        )
+        logp, spread = response_logprobs(model, *padded(PROMPTS, RESPONSES, left, right), 1.0, with_entropy=True)
         assert spread is not None
         for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
             logps, entropies = naive(model, prompt, response)

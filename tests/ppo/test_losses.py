@@ -113,11 +113,7 @@ def both_losses(batch):
     pg, stats = policy_loss(new, batch["logp_old"], batch["advantages"], batch["mask"], 0.2)
     vf, value_stats = value_loss(values, batch["values_old"], batch["returns"], batch["mask"], 0.2)
     (pg + vf).backward()
-    stats = (
-        stats
-        | {f"value_{name}": x for name, x in value_stats.items()}
-        | {"pg": pg.detach(), "vf": vf.detach()}
-    )
+    stats = stats | {f"value_{name}": x for name, x in value_stats.items()} | {"pg": pg.detach(), "vf": vf.detach()}
     return stats, torch.stack([new.grad, values.grad])
 
 
@@ -237,9 +233,9 @@ def test_policy_gradient_by_finite_differences(steps):
     logits = LOGITS.clone().requires_grad_()
     for dual_clip in (None, 3.0):
         assert gradcheck(
-            lambda z, c=dual_clip: policy_loss(
-                token_logprobs(z, TOKENS), logp_old, advantages, MASK, 0.2, dual_clip=c
-            )[0],
+            lambda z, c=dual_clip: policy_loss(token_logprobs(z, TOKENS), logp_old, advantages, MASK, 0.2, dual_clip=c)[
+                0
+            ],
             logits,
         )
 

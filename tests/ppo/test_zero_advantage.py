@@ -1,5 +1,4 @@
-"""O2, the zero-advantage oracle: at pi* with the critic V* every advantage is 0, on every path and whatever
-lambda.
+"""O2, the zero-advantage oracle: at pi* with the critic V* every advantage is 0, whatever path and lambda.
 
 r_t + V*(s') - V*(s) = 0 holds only if the score index, the KL's sign and estimator, the masks, the columns of
 the values and the treatment of EOS are all right, so each of the known bugs is planted and must show.

@@ -54,9 +54,7 @@ def test_scalars_are_read_as_a_reader_would(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    "key", ["token", "hf_token", "password", "OPENAI_API_KEY", "wandb_apikey", "client_secret"]
-)
+@pytest.mark.parametrize("key", ["token", "hf_token", "password", "OPENAI_API_KEY", "wandb_apikey", "client_secret"])
 def test_secret_names(key):
     assert is_secret(key)
 
@@ -66,9 +64,7 @@ def test_names_that_only_look_like_secrets(key):
     assert not is_secret(key)
 
 
-@pytest.mark.parametrize(
-    "override", ["hf_token=hunter2", "ppo.kl={password: hunter2}", "a={b: {secret: hunter2}}"]
-)
+@pytest.mark.parametrize("override", ["hf_token=hunter2", "ppo.kl={password: hunter2}", "a={b: {secret: hunter2}}"])
 def test_a_secret_is_never_shown(override):
     with pytest.raises(ConfigError) as error:
         parse_override(override)

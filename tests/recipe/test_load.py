@@ -116,8 +116,7 @@ def test_text_that_looks_like_something_else_stays_text():
 
 def test_paths_of_the_file_start_from_its_folder_and_of_the_command_line_from_here(folder):
     recipe = load(
-        "data: a.jsonl\nevaluation: {data: e.json}\n"
-        "sft: {data: {path: [b.jsonl, /c.jsonl], held_out_path: d.csv}}\n",
+        "data: a.jsonl\nevaluation: {data: e.json}\nsft: {data: {path: [b.jsonl, /c.jsonl], held_out_path: d.csv}}\n",
         "dpo.data.path=f.jsonl",
         data="g.jsonl",
     )
@@ -141,6 +140,11 @@ def test_models_are_folders_or_hub_ids(folder):
     assert local is not None and (local.path, local.revision) == (str(folder / "my@model"), None)
     hub = load(None, "model=org/name@" + "a" * 40).settings.model
     assert hub is not None and (hub.path, hub.revision) == ("org/name", "a" * 40)
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(ConfigError, match="'' is neither a folder nor a hub id"):
+        load(None, model="")
 
 
 def test_model_option_replaces_revision_and_trust(folder):

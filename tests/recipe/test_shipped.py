@@ -56,9 +56,7 @@ def test_find_recipe_in_order(shipped):
 def test_shipped_recipe_by_name(shipped):
     assert shipped_recipes() == {"demo": shipped / "demo.yaml"}
     assert description(shipped_recipe("demo")) == "A small demo."
-    with pytest.raises(
-        ConfigError, match=r"^demmo: no recipe of this name is shipped \(did you mean `demo`\?\)$"
-    ):
+    with pytest.raises(ConfigError, match=r"^demmo: no recipe of this name is shipped \(did you mean `demo`\?\)$"):
         shipped_recipe("demmo")
 
 

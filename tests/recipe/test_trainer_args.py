@@ -27,9 +27,7 @@ for config in {CONFIGS}:
     names[config] = [field.name for field in fields if field.init]
 print(json.dumps(names))
 """
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     for config, names in json.loads(answer.stdout.splitlines()[-1]).items():
         module, _, name = config.partition(":")
         assert config_fields(module, name) >= set(names)

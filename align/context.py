@@ -9,8 +9,8 @@ from types import FrameType
 from typing import Any
 
 from align.errors import Interrupted
+from align.job import Input, Job
 from align.metrics import JsonLines, MetricsLog
-from align.pipeline.stage import Input, Job
 from align.records import committed_folder
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from align.recipe.settings import Role, Settings
-from align.records import Input
 
 
 class Kind(StrEnum):
@@ -48,33 +46,3 @@ class StageSpec:
     inputs: Mapping[str, Slot] = field(default_factory=dict)
     trainer_config: str | None = None
     """`package.module:Class` of the TRL config that `trainer_args` is checked against, unimported."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a stage's process needs, as plain JSON (job.json). Paths are absolute."""
-
-    stage: str
-    kind: str
-    version: int
-    fingerprint: str
-    seed: int
-    directory: str
-    config: dict[str, Any]
-    inputs: dict[str, Input]
-    evaluation: dict[str, Any]
-    track: list[str]
-    identity: dict[str, Any]
-    """What the fingerprint is the hash of; `align plan` compares it field by field."""
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage reports when its artifact is committed.
-
-    `metrics` holds final numbers; an interval is a second key with the suffix `_ci95`, a [low, high] pair.
-    `handover` is the result of the hand-over check (align.models.handover).
-    """
-
-    metrics: dict[str, Any]
-    handover: dict[str, Any]
