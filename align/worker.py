@@ -39,9 +39,23 @@ PACKAGES = (
     "vllm",
 )
 
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+"""Of every stage, unless set: nothing calls home, tokenizers do not fork threads under data loaders, and the only
+progress bar is ours."""
+
 
 def main(directory: Path) -> int:
     """Runs the stage whose folder this is; returns the exit code."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     die_with_parent(os.getppid())
     stop = StopFlag()
     stop.install()

@@ -9,7 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from align.pipeline.plan import Action, Step
 
@@ -26,8 +26,12 @@ def _number(metrics: Mapping[str, Any], key: str, digits: int) -> str:
     interval = metrics.get(f"{key}_ci95")
     if interval is None or key in WITHOUT_INTERVAL:
         return f"{value:.{digits}f}"
-    low, high = (f"{end:.{digits}f}" if isinstance(end, int | float) else escape(str(end)) for end in interval)
-    return f"{value:.{digits}f} [dim]\\[{low}, {high}][/]"
+    low, high = interval
+    if not isinstance(low, int | float) or not isinstance(high, int | float):
+        return f"{value:.{digits}f} [dim]\\[{escape(str(low))}, {escape(str(high))}][/]"
+    if abs((low + high) / 2 - value) < 0.1**digits / 2:  # symmetric, as those of means are
+        return f"{value:.{digits}f} [dim]±{(high - low) / 2:.{digits}f}[/]"
+    return f"{value:.{digits}f} [dim]\\[{low:.{digits}f}, {high:.{digits}f}][/]"
 
 
 POLICY_COLUMNS: Sequence[tuple[str, str, int]] = (
@@ -43,7 +47,7 @@ WITHOUT_INTERVAL = ("eos_rate", "response_length")
 
 
 def render_summary(summary: Mapping[str, Any]) -> RenderableType:
-    """The results of a run (summary.json): policies, then reward models. Intervals are 95%."""
+    """The results of a run (summary.json): policies, then reward models. ± and [] are 95% intervals."""
     stages: Mapping[str, Mapping[str, Any]] = summary["stages"]
     rewards = {name: metrics for name, metrics in stages.items() if _is_reward(metrics)}
     policies = {name: metrics for name, metrics in stages.items() if name not in rewards}
@@ -63,7 +67,7 @@ def _is_reward(metrics: Mapping[str, Any]) -> bool:
 
 
 def _metrics_table(kind: str, columns: Sequence[tuple[str, str, int]], rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(kind, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(Column(kind, no_wrap=True), box=SIMPLE_HEAD, pad_edge=False)
     for title, _, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
     for name, metrics in rows.items():

@@ -22,15 +22,6 @@ from align.pipeline.processes import die_with_parent, signal_workers
 from align.pipeline.summary import write_summary
 from align.records import remove_folder, sweep, write_text
 
-QUIET = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-"""Environment of every stage: nothing calls home, and tokenizers do not fork threads under data loaders."""
-
-
 class StageFailed(AlignError):
     """A stage's process ended badly; it said why on stderr and in its log. The exit code is its own."""
 
@@ -146,7 +137,7 @@ def worker_command(directory: str, launcher: Sequence[str] = ()) -> list[str]:
 
 def worker_environment(launcher: Sequence[str] = ()) -> dict[str, str]:
     """The environment of a stage's process. ALIGN_WORLD_SIZE is the number of processes asked for."""
-    environment = {**os.environ, **QUIET}
+    environment = dict(os.environ)
     for place, argument in enumerate(launcher):
         name, _, value = argument.partition("=")
         if name in {"--num_processes", "--num-processes"}:

@@ -139,8 +139,8 @@ def test_the_result_table_has_intervals_and_dashes_and_fits_a_terminal() -> None
     }
     reward = {"accuracy": 0.8333, "accuracy_ci95": [0.8, 0.9]}
     text = shown({"stages": {"base": {"gold": 0.1}, "ppo": policy, "reward": reward}})
-    assert "0.781 [0.751, 0.811]" in text
-    assert "6.10 [5.90, 6.30]" in text
+    assert "0.781 ±0.030" in text
+    assert "6.10 ±0.20" in text
     assert "0.833 [0.800, 0.900]" in text
     assert "0.99 " in text
     (base,) = [line for line in text.splitlines() if line.strip().startswith("base")]
