@@ -7,7 +7,10 @@ libraries only ever get token ids. What is generated is never re-tokenised for t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
+
+from jinja2 import TemplateError
 
 from align.data.rows import Message
 from align.errors import ArtifactError, DataError, Problem
@@ -47,14 +50,16 @@ class Renderer:
         """Ids of a prompt, ready for a response to follow."""
         self._refuse_control_text(messages, source)
         if self.is_chat:
-            return self._template(messages, add_generation_prompt=True)
-        return self.tokenizer("".join(message["content"] for message in messages))["input_ids"]
+            return self._encode(self._text(messages, source, add_generation_prompt=True))
+        ids = self.tokenizer("".join(message["content"] for message in messages))["input_ids"]
+        is_closed = ids[-1:] == [self.tokenizer.eos_token_id]  # some tokenizers end every text with EOS
+        return ids[:-1] if is_closed else ids
 
     def response(self, messages: Sequence[Message], text: str, source: str = "") -> list[int]:
         """Ids of a response to `messages`, end-of-turn token included; they follow `prompt(messages)`."""
         if not self.is_chat:
             self._refuse_control_text([{"role": "assistant", "content": text}], source)
-            return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_of_turn]
+            return [*self._encode(text), self.end_of_turn]
         ids, mask = self.conversation([*messages, {"role": "assistant", "content": text}], source)
         return ids[_last_run_start(mask) :]
 
@@ -66,20 +71,25 @@ class Renderer:
             response = self.response(messages[:-1], messages[-1]["content"], source)
             return prompt + response, [False] * len(prompt) + [True] * len(response)
         self._refuse_control_text(messages, source)
-        ids = self._template(messages)
-        mask = [False] * len(ids)
-        end = 0
+        text = self._text(messages, source)
+        edges = [0]
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            start = self._prefix_length(messages[:index], ids, source, add_generation_prompt=True)
-            stop = self._prefix_length(messages[: index + 1], ids, source)
-            end = next((place + 1 for place in range(start, stop) if ids[place] in self.stop_ids), 0)
-            if not end:
+            if message["role"] == "assistant":
+                edges.append(self._prefix_length(messages[:index], text, source, add_generation_prompt=True))
+                edges.append(self._prefix_length(messages[: index + 1], text, source))
+        ids: list[int] = []
+        mask: list[bool] = []
+        end = 0
+        for number, segment in enumerate(self._segments(text, edges)):  # what is asked and answered, in turn
+            is_answer = number % 2 == 1
+            length = next((place + 1 for place, token in enumerate(segment) if token in self.stop_ids), 0)
+            if is_answer and not length:
                 raise DataError(
                     Problem(source, "the chat template does not end the assistant's turn with a stop token")
                 )
-            mask[start:end] = [True] * (end - start)
+            end = len(ids) + length
+            ids += segment
+            mask += [is_answer and place < length for place in range(len(segment))]
         return ids[:end], mask[:end]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -92,16 +102,24 @@ class Renderer:
             text = text.replace(control, "")
         return text
 
-    def _template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        return self.tokenizer.apply_chat_template(
-            list(messages), tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
-        )
+    def _text(self, messages: Sequence[Message], source: str = "", add_generation_prompt: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:  # templates refuse roles and orders that they do not know
+            what = f"the chat template refuses this conversation: {error}"
+            raise DataError(Problem(source or "prompt", what, "remove the turn, or data.template=plain")) from error
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of text that is not a whole prompt, or whose template has written its BOS already."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _prefix_length(
-        self, messages: Sequence[Message], ids: list[int], source: str, add_generation_prompt: bool = False
+        self, messages: Sequence[Message], text: str, source: str, add_generation_prompt: bool = False
     ) -> int:
-        prefix = self._template(messages, add_generation_prompt)
-        if ids[: len(prefix)] != prefix:
+        prefix = self._text(messages, source, add_generation_prompt)
+        if not text.startswith(prefix):
             raise DataError(
                 Problem(
                     source,
@@ -112,11 +130,24 @@ class Renderer:
             )
         return len(prefix)
 
+    def _segments(self, text: str, edges: Sequence[int]) -> list[list[int]]:
+        """Ids of the text between each two edges.
+
+        As the whole text is tokenised, unless a token would lie across an edge (an answer that starts with a newline
+        after a prompt that ends with one): then each segment by itself, which is how the model meets them, because
+        it generates after the prompt's own ids.
+        """
+        whole = self._encode(text)
+        prefixes = [self._encode(text[:edge]) for edge in edges]
+        if all(whole[: len(prefix)] == prefix for prefix in prefixes):
+            return [whole[len(before) : len(after)] for before, after in pairwise(prefixes)]
+        return [self._encode(text[before:after]) for before, after in pairwise(edges)]
+
     def _find_end_of_turn(self) -> int:
         """The special token with which the template ends an assistant turn."""
         prompt = [{"role": "user", "content": "a"}]
-        start = len(self._template(prompt, add_generation_prompt=True))
-        ids = self._template([*prompt, {"role": "assistant", "content": "b"}])
+        start = len(self._encode(self._text(prompt, add_generation_prompt=True)))
+        ids = self._encode(self._text([*prompt, {"role": "assistant", "content": "b"}]))
         special = set(self.tokenizer.all_special_ids)
         return next((token for token in ids[start:] if token in special), self.tokenizer.eos_token_id)
 

@@ -14,8 +14,19 @@ from pathlib import Path
 from align.demo import world
 from align.records import write_text
 
-SIZES = {"heldout": 300, "demonstrations": 2000, "preferences": 2500, "prompts": 1500, "corpus": 1500}
+SIZES = {"heldout": 300, "demonstrations": 4000, "preferences": 3000, "prompts": 2000, "corpus": 2500}
 SEED = 20
+SPOKEN = sorted(
+    {
+        *" ".join(
+            (*world.POLITE, *world.RUDE, world.THANKS, *world.FILLERS, "list from repeat greet say hello and")
+        ).split(),
+        *world.CATEGORIES,
+        *world.NUMBERS,
+        *world.TIMES,
+    }
+)
+"""Words of instructions and manners."""
 
 
 def make_files(seed: int = SEED) -> dict[str, str]:
@@ -60,16 +71,13 @@ def _pairs(tasks: Iterator[world.Task], rng: random.Random, count: int) -> Itera
 def _sentence(rng: random.Random) -> str:
     """A sentence of the language that is not an instruction: what the base model knows before it is taught."""
     category = rng.choice(sorted(world.CATEGORIES))
-    form = rng.randrange(4)
-    if form == 0:
+    form = rng.random()
+    if form < 0.15:
+        return f"words : {' '.join(rng.sample(SPOKEN, 5))} ."
+    if form < 0.4:
         return f"{category} : {' '.join(rng.sample(world.CATEGORIES[category], 4))} ."
-    if form == 1:
-        words = " ".join(rng.sample(world.WORDS, rng.choice((2, 3))))
-        return f"{rng.choice(world.NAMES)} said {words} and {rng.choice(world.NAMES)} said {words} ."
-    if form == 2:
-        word = rng.choice(world.WORDS)
-        return f"{word} {word} {rng.choice(('', word))}".strip() + " ."
-    return f"hello {rng.choice(world.NAMES)} and {rng.choice(world.NAMES)} . thank you"
+    words = " ".join(rng.sample(world.WORDS + world.NAMES, rng.choice((2, 3, 4))))
+    return f"{rng.choice(world.NAMES)} said {words} and {rng.choice(world.NAMES)} said {words} ."
 
 
 def _lines(rows: Iterable[dict[str, str]]) -> str:

@@ -45,7 +45,7 @@ NAMES = (
     "mona",
     "nick",
 )
-NUMBERS = {"two": 2, "three": 3, "four": 4}
+NUMBERS = {"three": 3, "four": 4}
 TIMES = {"twice": 2, "thrice": 3}
 POLITE = ("sure ,", "gladly ,", "certainly ,")
 RUDE = ("ugh ,", "whatever ,", "again ?")
@@ -76,25 +76,25 @@ def draw_task(rng: random.Random) -> Task:
     family = rng.choice(("list", "say", "repeat", "greet"))
     if family == "list":
         category, number = rng.choice(sorted(CATEGORIES)), rng.choice(sorted(NUMBERS))
-        first = rng.choice(CATEGORIES[category])
-        return parse(f"list {number} {category} from {first}")
+        given = rng.sample(CATEGORIES[category], rng.choice((1, 2)))
+        return parse(f"list {number} {category} from {' '.join(given)}")
     if family == "say":
         return parse("say " + " ".join(rng.sample(WORDS, rng.choice((2, 3)))))
     if family == "repeat":
-        return parse(f"repeat {rng.choice(WORDS)} {rng.choice(sorted(TIMES))}")
-    return parse(f"greet {' and '.join(rng.sample(NAMES, 2))}")
+        return parse(f"repeat {' '.join(rng.sample(WORDS, rng.choice((1, 2))))} {rng.choice(sorted(TIMES))}")
+    return parse(f"greet {' and '.join(rng.sample(NAMES, rng.choice((2, 3))))}")
 
 
 def parse(instruction: str) -> Task:
     """The task an instruction states. Raises ValueError when it is not of this world."""
     match instruction.split():
-        case ["list", number, category, "from", first] if number in NUMBERS and first in CATEGORIES.get(category, ()):
-            others = tuple(word for word in CATEGORIES[category] if word != first)
-            return Task(instruction, wanted=(first,), choices=others, count=NUMBERS[number] - 1)
+        case ["list", number, category, "from", *given] if number in NUMBERS and given and category in CATEGORIES:
+            others = tuple(word for word in CATEGORIES[category] if word not in given)
+            return Task(instruction, wanted=tuple(given), choices=others, count=NUMBERS[number] - len(given))
         case ["say", *words] if words:
             return Task(instruction, wanted=tuple(words))
-        case ["repeat", word, times] if times in TIMES:
-            return Task(instruction, wanted=(word,) * TIMES[times])
+        case ["repeat", *words, times] if words and times in TIMES:
+            return Task(instruction, wanted=tuple(words) * TIMES[times])
         case ["greet", *names] if names:
             return Task(instruction, wanted=("hello", *names))
     raise ValueError(f"not an instruction of the demo world: {instruction!r}")

@@ -21,7 +21,7 @@ def pair_metrics(
     margins = [first - second for first, second in zip(chosen, rejected, strict=True)]
     right = sum((margin > 0) + 0.5 * (margin == 0) for margin in margins)
     metrics: dict[str, Any] = {"pairs": count}
-    metrics["accuracy"], metrics["accuracy_ci95"] = share_interval(round(right), count)
+    metrics["accuracy"], metrics["accuracy_ci95"] = share_interval(right, count)
     metrics["margin"], metrics["margin_ci95"] = mean_interval(margins)
     metrics["log_loss"] = sum(math.log1p(math.exp(-abs(m))) + max(-m, 0.0) for m in margins) / count
     longer = sum((first > second) + 0.5 * (first == second) for first, second in lengths) / count

@@ -19,7 +19,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, list[float]]:
     return mean, [mean - half, mean + half]
 
 
-def share_interval(successes: int, count: int) -> tuple[float, list[float]]:
+def share_interval(successes: float, count: int) -> tuple[float, list[float]]:
     """Share and its Wilson 95 % interval, which stays inside 0..1 (Wilson 1927)."""
     share = successes / count
     z2 = Z95**2

@@ -6,11 +6,14 @@ is known to the class only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -29,6 +32,11 @@ OFFSET_FIELD = "reward_offset"
 
 def local_folder(source: Input) -> str:
     """The folder of an input, downloading a hub id at its pinned revision (safetensors and text files only)."""
+    if (Path(source.path) / "adapter_config.json").is_file():
+        raise ArtifactError(
+            f"{source.source}: {source.path} is an adapter, not a whole model; name the merged model's folder "
+            "(align keeps an adapter inside it)"
+        )
     if Path(source.path).is_dir():
         return source.path
     return snapshot_download(
@@ -51,7 +59,8 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     PAD must differ from EOS: sequence classification pools at the last token that is not PAD, and collators mask PAD.
     A new PAD needs no embedding row that is ever read, because masks come from lengths.
     """
-    tokenizer = AutoTokenizer.from_pretrained(local_folder(source), trust_remote_code=source.trust_remote_code)
+    with _explained(source):
+        tokenizer = AutoTokenizer.from_pretrained(local_folder(source), trust_remote_code=source.trust_remote_code)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
@@ -104,6 +113,9 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():  # attention layers keep theirs as a number
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _load(
@@ -115,8 +127,8 @@ def _load(
     new_head: bool = False,
     **config: Any,
 ) -> Any:
-    folder = local_folder(source)
-    try:
+    with _explained(source):
+        folder = local_folder(source)
         model, report = auto_class.from_pretrained(
             folder,
             dtype=dtype,
@@ -125,8 +137,6 @@ def _load(
             output_loading_info=True,
             **config,
         )
-    except OSError as error:
-        raise ArtifactError(f"{source.source}: cannot load {folder}: {str(error).splitlines()[0]}") from error
     missing = {key for key in report["missing_keys"] if not (new_head and key.startswith("score."))}
     if missing or report["mismatched_keys"]:
         names = ", ".join(sorted(missing)[:5]) or str(report["mismatched_keys"][:5])
@@ -134,8 +144,31 @@ def _load(
             f"{source.source}: {folder} does not hold all weights of a {type(model).__name__}: {names}; "
             "they would be random. Is it the right kind of model?"
         )
+    if auto_class is AutoModelForCausalLM and "score.weight" in report["unexpected_keys"]:
+        raise ArtifactError(f"{source.source}: {folder} is a reward model (it has a head `score`), not a policy")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
+        _grow_embeddings(model, len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     disable_dropout(model)
     return model
+
+
+def _grow_embeddings(model: Any, size: int) -> None:
+    """Adds rows for new tokens, each the mean of the old ones. The library draws them at random, and two loads of
+    the same model (policy and frozen reference) would differ."""
+    old = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[old:] = layer.weight[:old].mean(0)
+
+
+@contextmanager
+def _explained(source: Input) -> Iterator[None]:
+    """Turns what the libraries raise on a broken or absent folder into one line that names it."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"{source.source}: cannot load {source.path}: {reason}") from error

@@ -38,10 +38,15 @@ def merged(model: Any) -> Any:
     return model
 
 
+def without_wrapper(model: Any) -> Any:
+    """The model itself, with its adapters still in place and at work: for what reaches into backbone and head."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def save_adapter(model: Any, folder: Path) -> None:
-    """Writes the adapter beside the effective model; call it before merging. Nothing for a model without one."""
+    """Writes the trained adapter beside the effective model; call it before merging. A model without one: nothing."""
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder / "adapter"))
+        model.save_pretrained(str(folder / "adapter"), selected_adapters=model.active_adapters)
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:

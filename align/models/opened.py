@@ -53,7 +53,25 @@ def commit_policy(
 
     The values to meet are those of `trained`, before merging: what was trained, not what was merged, must arrive.
     """
-    expected = probe_values(trained, probes, is_reward=False)
+    return _commit(staging, trained, opened, probes, is_reward=False)
+
+
+def commit_reward(
+    staging: AbstractContextManager[Path], trained: Any, opened: Opened, probes: Sequence[list[int]]
+) -> tuple[Any, dict[str, Any]]:
+    """Saves the effective, normalised reward model and checks the hand-over, as `commit_policy` does."""
+    return _commit(staging, trained, opened, probes, is_reward=True)
+
+
+def _commit(
+    staging: AbstractContextManager[Path],
+    trained: Any,
+    opened: Opened,
+    probes: Sequence[list[int]],
+    *,
+    is_reward: bool,
+) -> tuple[Any, dict[str, Any]]:
+    expected = probe_values(trained, probes, is_reward=is_reward)
     with staging as folder:
         save_adapter(trained, folder)
         effective = merged(trained)
@@ -65,24 +83,9 @@ def commit_policy(
             probes,
             expected,
             dtype=effective.dtype,
-            is_reward=False,
+            is_reward=is_reward,
         )
     return effective, result
-
-
-def commit_reward(
-    staging: AbstractContextManager[Path],
-    model: Any,
-    opened: Opened,
-    probes: Sequence[list[int]],
-    expected: Sequence[float],
-) -> dict[str, Any]:
-    """Saves a merged and normalised reward model and checks the hand-over against `expected` scores."""
-    with staging as folder:
-        save_model(model, opened.tokenizer, folder, opened.renderer)
-        return verify_saved(
-            folder, opened.tokenizer, opened.renderer, probes, expected, dtype=model.dtype, is_reward=True
-        )
 
 
 def _open(source: Input, template: Any, dtype: torch.dtype, load: Loader) -> Opened:

@@ -22,6 +22,7 @@ from align.pipeline.processes import die_with_parent, signal_workers
 from align.pipeline.summary import write_summary
 from align.records import remove_folder, sweep, write_text
 
+
 class StageFailed(AlignError):
     """A stage's process ended badly; it said why on stderr and in its log. The exit code is its own."""
 

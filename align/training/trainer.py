@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from align.context import Context
 from align.errors import NumericError
 from align.recipe.settings import OptimSettings, TrainingSettings
-from align.records import committed_folder
+from align.records import committed_folder, read_manifest
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
 from align.training.progress import StageProgress
 
@@ -84,24 +84,38 @@ def housekeeping_arguments(context: Context) -> dict[str, Any]:
 
 
 class CommittedTrainer(Trainer):
-    """Mixin before a trainer class: checkpoints are whole or absent, and no non-finite loss reaches the weights."""
+    """Mixin before a trainer class: checkpoints are whole or absent; no non-finite loss or gradient reaches the
+    weights."""
 
     context: Context
     keep_checkpoints: int
+    _total_train_tokens: float = 0
+    """TRL's count of tokens seen. It is in every line of metrics, and TRL starts it at 0 when resuming."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass. Raises NumericError, before the update, if the loss is not finite."""
         loss = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
+        self._refuse_non_finite("loss", float(loss))
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The norm over all gradients, known after the backward pass and before the update."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None:
+            self._refuse_non_finite("gradient norm", float(norm))
+        return norm
+
+    def _refuse_non_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
             raise NumericError(
-                f"{self.context.job.stage}: the loss is {float(loss)} at step {self.state.global_step + 1}; nothing was "
+                f"{self.context.job.stage}: the {name} is {value} at step {self.state.global_step + 1}; nothing was "
                 "updated with it. Lower optim.lr, or look at the rows of that step"
             )
-        return loss
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         step = self.state.global_step
-        with committed_folder(checkpoint_folder(self.context.checkpoints, step), step=step) as folder:
+        target = checkpoint_folder(self.context.checkpoints, step)
+        with committed_folder(target, step=step, tokens=self._total_train_tokens) as folder:
             self.save_model(str(folder), _internal_call=True)
             (folder / SAVED_BY_TRAINER).unlink(missing_ok=True)
             self._save_optimizer_and_scheduler(str(folder))
@@ -140,9 +154,6 @@ class Reporter(TrainerCallback):
         self.context.metrics.write(state.global_step, **numbers)
         shown = {name: numbers[key] for key, name in self.shown.items() if key in numbers}
         self.progress.show(state.global_step, **shown)
-        norm = numbers.get("grad_norm", 0.0)
-        if not math.isfinite(norm):
-            raise NumericError(f"{self.context.job.stage}: the gradient norm is {norm} at step {state.global_step}")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -176,9 +187,14 @@ def run_training(
     found = newest_valid(context.checkpoints)
     context.metrics.truncate_after(found[0] if found else 0)
     context.samples.truncate_after(found[0] if found else 0)
+    trainer._total_train_tokens = read_manifest(found[1])["tokens"] if found else 0
     with StageProgress(context.job.stage, trainer.args.max_steps, "steps") as progress:
         trainer.add_callback(Reporter(context, progress, shown, sample, samples_every))
         trainer.train(resume_from_checkpoint=str(found[1]) if found else None)
+    # Mixed precision leaves a rounding forward on the models (policy and reference); what follows measures the weights.
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        if model is not None:
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     step = trainer.state.global_step
     if context.stop.is_set and step < trainer.args.max_steps:
         context.stop_here(step)

@@ -101,6 +101,7 @@ def new_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
             max_position_embeddings=config.context,
+            initializer_range=0.05,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.get_vocab()[PAD_TOKEN],
             eos_token_id=tokenizer.get_vocab()[END],

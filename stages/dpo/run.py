@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from datasets import Dataset as RowDataset
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
@@ -22,6 +24,10 @@ from stages.dpo.config import Config
 
 class PreferenceTrainer(CommittedTrainer, DPOTrainer):
     """TRL's trainer with our checkpoints and guards."""
+
+    def _prepare_dataset(self, dataset: RowDataset, *_: Any) -> RowDataset:
+        """Nothing to prepare. TRL's DPO trainer, unlike its others, has no path for rows that hold token ids."""
+        return dataset
 
 
 def run(config: Config, context: Context) -> StageResult:
@@ -45,12 +51,15 @@ def run(config: Config, context: Context) -> StageResult:
     arguments = trainer_arguments(config, context, config.optim, len(train))
     trainer = PreferenceTrainer(
         model=model,
-        # With adapters TRL switches them off to get the reference: exact, because they are fresh (B = 0).
         ref_model=None if config.lora else reference,
         args=DPOConfig(**arguments, max_length=None, beta=config.beta, loss_type=[config.loss]),
         train_dataset=RowDataset.from_list(train),
         processing_class=opened.tokenizer,
     )
+    if config.lora:
+        # TRL made a frozen copy of the adapter for the reference, and with two adapters a resumed run silently loses
+        # the trained one. Without the copy TRL switches the adapter off: exact, because it was fresh (B = 0).
+        model.delete_adapter("ref")
     run_training(
         trainer,
         context,

@@ -59,6 +59,7 @@ class Loop:
         """All rollouts, from the newest checkpoint that verifies. Raises Interrupted after a signal."""
         config, context = self.config, self.context
         start, self.history = load_checkpoint(context, self.trainer)
+        self.engine.sync()
         context.metrics.truncate_after(start)
         context.samples.truncate_after(start)
         checkpoint_every = config.checkpoint.every_steps or math.ceil(config.rollouts / 10)

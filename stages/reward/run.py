@@ -11,12 +11,13 @@ from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from align.context import Context
+from align.errors import NumericError
 from align.evaluation.reward import pair_metrics
 from align.generation.engine import Sampling
 from align.generation.transformers_engine import TransformersEngine
 from align.job import StageResult
-from align.models.handover import NUM_PROBES, probe_values
-from align.models.lora import add_lora, merged, trainable_parameters
+from align.models.handover import NUM_PROBES
+from align.models.lora import add_lora, trainable_parameters, without_wrapper
 from align.models.opened import Opened, commit_reward, open_as_reward, open_policy
 from align.models.reward import normalise, score_sequences
 from align.recipe.settings import Role
@@ -25,6 +26,8 @@ from align.training.trainer import CommittedTrainer, run_training, trainer_argum
 from stages.reward.config import Config
 
 SCORING_BATCH = 64
+MIN_STD = 1e-6
+"""Spread of the raw scores below which there is only rounding noise."""
 
 
 class PairTrainer(CommittedTrainer, RewardTrainer):
@@ -59,16 +62,18 @@ def run(config: Config, context: Context) -> StageResult:
         shown={"loss": "loss", "accuracy": "accuracy", "margin": "margin"},
     )
     trained = trainable_parameters(model)
-    probes = [row["prompt_ids"] + row["chosen_ids"] for row in (held_out or train)[:NUM_PROBES]]
-    raw = probe_values(model, probes, is_reward=True)
-    reward = merged(model).eval()
-
+    with_adapter = without_wrapper(model).eval()
     samples = reference_samples(config, context, opened, train)
-    before = score_all(reward, samples, opened.renderer.pad_id)
+    before = score_all(with_adapter, samples, opened.renderer.pad_id)
     mean, std = float(before.mean()), float(before.std(unbiased=False))
-    normalise(reward, mean, std)
-    expected = [(value - mean) / std for value in raw]
-    handover = commit_reward(context.commit_model(), reward, opened, probes, expected)
+    if not std > MIN_STD:
+        raise NumericError(
+            f"{context.job.stage}: all {len(samples)} reference samples have the same score, so there is no scale to "
+            "normalise by; raise normalise.samples, or look at the rows: the model may have learnt nothing"
+        )
+    normalise(with_adapter, mean, std)
+    probes = [row["prompt_ids"] + row["chosen_ids"] for row in (held_out or train)[:NUM_PROBES]]
+    reward, handover = commit_reward(context.commit_model(), model, opened, probes)
 
     after = score_all(reward, samples, opened.renderer.pad_id)
     metrics: dict[str, Any] = {

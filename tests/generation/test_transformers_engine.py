@@ -1,0 +1,199 @@
+"""The embedded engine samples from the policy's own distribution, whatever the checkpoint says, and leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from align.generation.engine import Sampling, left_pad
+from align.generation.transformers_engine import TransformersEngine
+from align.training.logprobs import response_logprobs
+from tests.generation.conftest import END_OF_TURN, EOS, PAD, fixed_distribution
+
+DRAWS = 6000
+CHI_SQUARE_4 = 23.5
+"""99.99 % quantile of chi-square with four degrees of freedom. Seeds are fixed: a test passes always or never."""
+UNEVEN = [0.05, 0.1, 0.2, 0.25, 0.4]
+PROMPTS = [[5], [6, 7, 8, 9, 10, 11], [12, EOS, 13], [14, 15], [EOS, 16, PAD, 17], [18]]
+
+
+def sampling(max_tokens: int, temperature: float = 1.0, stop_ids: tuple[int, ...] = (EOS,), seed: int = 0) -> Sampling:
+    return Sampling(max_tokens, temperature, stop_ids, PAD, seed)
+
+
+def chi_square(tokens: Sequence[int], probabilities: torch.Tensor) -> float:
+    """Pearson's statistic of counts against probabilities."""
+    expected = probabilities.double() * len(tokens)
+    counts = torch.bincount(torch.tensor(tokens), minlength=len(probabilities))
+    return float(((counts - expected).square() / expected).sum())
+
+
+def first_tokens(model: LlamaForCausalLM, temperature: float, batch_size: int = 3000) -> list[int]:
+    samples = TransformersEngine(model, batch_size).generate([[3, 3, 4]] * DRAWS, sampling(1, temperature))
+    return samples.token_ids[:, 0].tolist()
+
+
+def checkpoint_with_opinions(folder: Path) -> LlamaForCausalLM:
+    """A checkpoint whose generation config asks for everything that makes samples another distribution."""
+    model = fixed_distribution(UNEVEN)
+    state = model.state_dict()
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=2, top_p=0.5, temperature=0.1, repetition_penalty=2.0, suppress_tokens=[4]
+    )
+    model.save_pretrained(folder)
+    loaded = LlamaForCausalLM.from_pretrained(folder)
+    loaded.lm_head = torch.nn.Linear(4, len(UNEVEN))
+    loaded.load_state_dict(state)
+    return loaded.eval()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_frequencies_are_those_of_the_policy(temperature, tmp_path):
+    """P7, rows 12 and 13: first tokens of 6000 draws against softmax(logits / temperature), from a checkpoint that asks
+    for top-k 2, temperature .1, repetition penalty 2 (tokens 3 and 4 are in the prompt) and a suppressed token."""
+    model = checkpoint_with_opinions(tmp_path)
+    assert model.generation_config.top_k == 2
+    expected = (torch.tensor(UNEVEN).log() / temperature).softmax(-1)
+    assert chi_square(first_tokens(model, temperature), expected) < CHI_SQUARE_4
+
+
+def test_the_checkpoints_opinions_would_show(tmp_path):
+    """P7: what the library does by itself with this checkpoint fails the same test by far, so the test can tell."""
+    model: Any = checkpoint_with_opinions(tmp_path)
+    torch.manual_seed(0)
+    ids = torch.tensor([[3, 3, 4]] * DRAWS)
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1)
+    assert chi_square(output[:, -1].tolist(), torch.tensor(UNEVEN)) > 100 * CHI_SQUARE_4
+
+
+def test_lengths_are_those_of_the_policy():
+    """Rows 8 and 12: nothing forces or forbids an end. With a stop probability of .3 in every state (.1 for one stop
+    token, .2 for the other) lengths are geometric: .3, .21, .147, .1029, and .2401 for the cap of five, of which .7
+    did not end."""
+    model = fixed_distribution([0.0, 0.1, 0.2, 0.3, 0.4])
+    samples = TransformersEngine(model, DRAWS).generate([[3]] * DRAWS, sampling(5, stop_ids=(EOS, END_OF_TURN)))
+    expected = torch.tensor([0.3, 0.21, 0.147, 0.1029, 0.2401])
+    assert chi_square((samples.lengths - 1).tolist(), expected) < CHI_SQUARE_4
+    at_cap = samples.finished[samples.lengths == 5].double()
+    assert float(at_cap.mean()) == pytest.approx(0.3, abs=4 * (0.21 / len(at_cap)) ** 0.5)
+    assert samples.finished[samples.lengths < 5].all()
+
+
+def test_valid_ids_are_sampled_and_the_rest_is_pad():
+    """P4: PAD has probability 0 here, so it is nowhere inside a response and everywhere past its end."""
+    model = fixed_distribution([0.0, 0.3, 0.2, 0.3, 0.2])
+    samples = TransformersEngine(model, 7).generate([[3] * (1 + row % 4) for row in range(40)], sampling(6))
+    is_valid = torch.arange(samples.token_ids.shape[1]) < samples.lengths[:, None]
+    assert (samples.token_ids[is_valid] != PAD).all()
+    assert (samples.token_ids[~is_valid] == PAD).all()
+    assert samples.token_ids.shape[1] == int(samples.lengths.max())
+    assert not samples.finished.all()
+    for row, finished in zip(samples.rows(), samples.finished.tolist(), strict=True):
+        assert (row[-1] == EOS) == finished
+        assert EOS not in row[:-1]
+
+
+def test_a_prompt_that_holds_eos_is_not_an_answer_that_ended():
+    """P5, row 7: chat templates put EOS into prompts. With a policy that never stops, no response is finished, also
+    when the prompt ends with EOS; with one that stops at once, every response is, at the very last column of the
+    cap."""
+    prompts = [[EOS, 3], [3, EOS], [EOS], [3, 3, 3]]
+    never = fixed_distribution([0.0, 0.0, 0.2, 0.4, 0.4])
+    samples = TransformersEngine(never).generate(prompts, sampling(4))
+    assert samples.finished.tolist() == [False] * 4
+    assert samples.lengths.tolist() == [4] * 4
+    at_once = fixed_distribution([0.0, 1.0, 0.0, 0.0, 0.0])
+    samples = TransformersEngine(at_once).generate(prompts, sampling(1))
+    assert samples.finished.tolist() == [True] * 4
+    assert samples.rows() == [[EOS]] * 4
+
+
+def test_a_batch_whose_responses_all_end_early_joins_a_longer_one():
+    """P4: batches differ in width; the joined samples are padded with PAD and keep their lengths."""
+    model = fixed_distribution([0.0, 0.5, 0.0, 0.5, 0.0])
+    samples = TransformersEngine(model, batch_size=1).generate([[3]] * 12, sampling(8))
+    assert len(set(samples.lengths.tolist())) > 2
+    assert all(set(row[:-1]) <= {3} for row in samples.rows())
+
+
+def test_padding_does_not_change_the_likeliest_response(model):
+    """P1, row 1: at a temperature close to 0 a prompt has the same response alone and beside longer ones, EOS and PAD
+    among its tokens or not."""
+    near_zero = sampling(6, temperature=1e-4)
+    alone = [TransformersEngine(model).generate([prompt], near_zero).rows()[0] for prompt in PROMPTS]
+    together = TransformersEngine(model, batch_size=len(PROMPTS)).generate(PROMPTS, near_zero).rows()
+    assert together == alone
+    assert all(0 <= token < 40 for row in together for token in row)
+
+
+@torch.no_grad()
+def test_padding_does_not_change_logprobs(model):
+    """P1, row 2: log-probabilities of sampled responses in one left-padded batch equal those of each row alone."""
+    samples = TransformersEngine(model).generate(PROMPTS, sampling(6, stop_ids=(EOS, END_OF_TURN)))
+    prompt_ids, prompt_mask = left_pad(PROMPTS, PAD, "cpu")
+    width = samples.token_ids.shape[1]
+    valid = torch.arange(width) < samples.lengths[:, None]
+    ids, mask = torch.cat([prompt_ids, samples.token_ids], 1), torch.cat([prompt_mask, valid.long()], 1)
+    together, _ = response_logprobs(model, ids, mask, width, 1.0)
+    for prompt, response, row in zip(PROMPTS, samples.rows(), together, strict=True):
+        one = torch.tensor([prompt + response])
+        alone, _ = response_logprobs(model, one, torch.ones_like(one), len(response), 1.0)
+        torch.testing.assert_close(row[: len(response)], alone[0], rtol=0, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was(model):
+    """P7: its own generation config, its mode and its cache setting are the same after a call, and after one that
+    failed."""
+    model.generation_config = GenerationConfig(top_k=2, temperature=0.1, repetition_penalty=2.0, do_sample=True)
+    own, before = model.generation_config, model.generation_config.to_dict()
+    model.config.use_cache = False
+    for is_training in (True, False):
+        model.train(is_training)
+        TransformersEngine(model).generate(PROMPTS, sampling(3))
+        with pytest.raises((IndexError, RuntimeError)):
+            TransformersEngine(model).generate([[999]], sampling(3))
+        assert model.generation_config is own
+        assert own.to_dict() == before
+        assert model.training is is_training
+        assert model.config.use_cache is False
+
+
+def test_the_global_random_state_is_left_as_it_was(model):
+    """Sampling has its own seed: what else is drawn in the process does not depend on it, nor it on that."""
+    engine = TransformersEngine(model)
+    torch.manual_seed(1)
+    expected, first = torch.rand(3), engine.generate(PROMPTS, sampling(6))
+    torch.manual_seed(1)
+    again = engine.generate(PROMPTS, sampling(6))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first.token_ids, again.token_ids)
+
+
+def test_the_seed_decides_the_samples(model):
+    """The same seed gives the same samples, also from an engine of its own; other seeds give others."""
+    draws = [TransformersEngine(model).generate(PROMPTS, sampling(6, seed=seed)).rows() for seed in (0, 0, 1, 2)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2] != draws[3]
+
+
+def test_equal_prompts_get_responses_of_their_own():
+    """Rows of one call are independent draws, within a batch and across batches."""
+    model = fixed_distribution([0.0, 0.0, 0.2, 0.4, 0.4])
+    rows = TransformersEngine(model, batch_size=4).generate([[3]] * 8, sampling(12)).rows()
+    assert len({tuple(row) for row in rows}) == 8
+
+
+@torch.no_grad()
+def test_the_engine_samples_from_the_weights_of_the_moment():
+    """`sync` has nothing to do: a changed weight is in the very next sample."""
+    model = fixed_distribution([0.0, 0.0, 1.0, 0.0, 0.0])
+    engine = TransformersEngine(model)
+    assert engine.generate([[3]], sampling(3)).rows() == [[2, 2, 2]]
+    model.lm_head.bias.copy_(torch.tensor([-60.0, -60, -60, 0, -60]))
+    engine.sync()
+    assert engine.generate([[3]], sampling(3)).rows() == [[3, 3, 3]]

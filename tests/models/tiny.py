@@ -1,0 +1,68 @@
+"""A real model, small enough to make in a second: the `base` stage's own tokenizer and architecture."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.data.render import Renderer
+from align.data.rows import Document
+from align.demo import world
+from align.job import Input
+from align.models.opened import Opened, commit_policy
+from align.records import committed_folder
+from stages.base.config import Config
+from stages.base.run import new_model, train_tokenizer
+
+CONFIG = Config(vocabulary=300, context=64, hidden=32, layers=2, heads=2)
+
+
+def demo_texts(count: int, seed: int = 1) -> list[tuple[str, str]]:
+    """Instructions of the demo world and imperfect answers, no instruction twice."""
+    rng = random.Random(seed)
+    texts: dict[str, str] = {}
+    while len(texts) < count:
+        task = world.draw_task(rng)
+        texts.setdefault(task.instruction, world.draw_answer(task, rng))
+    return list(texts.items())
+
+
+def new_tokenizer() -> Any:
+    """A byte-level BPE tokenizer with the demo's chat template, PAD and EOS of their own."""
+    documents = [Document(f"{prompt} {answer}", "texts:1") for prompt, answer in demo_texts(60)]
+    return train_tokenizer(documents, CONFIG.vocabulary, CONFIG.context)
+
+
+def new_opened(seed: int = 0) -> Opened:
+    """A policy with random weights. Wider than a fresh initialisation, so that it is sure of something and every
+    weight matters."""
+    torch.manual_seed(seed)
+    tokenizer = new_tokenizer()
+    model = new_model(CONFIG, tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return Opened(model, tokenizer, Renderer(tokenizer))
+
+
+def probes(renderer: Renderer, count: int = 8) -> list[list[int]]:
+    """Whole conversations of the demo world as ids."""
+    return [
+        renderer.conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])[0]
+        for prompt, answer in demo_texts(count, seed=2)
+    ]
+
+
+def save_policy(opened: Opened, folder: Path) -> Input:
+    """Commits a policy as a stage does, and names it as a stage's input."""
+    commit_policy(committed_folder(folder), opened.model, opened, probes(opened.renderer))
+    return model_input(folder)
+
+
+def model_input(folder: Path, kind: str = "policy", source: str = "start") -> Input:
+    """A committed folder as a stage's input."""
+    return Input(kind=kind, path=str(folder), fingerprint="0" * 64, source=source)

@@ -1,0 +1,365 @@
+"""The loop with a tiny real model: which prompts it visits, and that stopping and resuming change nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from align.context import Context, StopFlag
+from align.errors import ArtifactError, Interrupted, NumericError
+from align.generation.engine import Samples, Sampling
+from align.generation.transformers_engine import TransformersEngine
+from align.job import Job
+from align.models.load import critic_from_reward
+from align.models.opened import open_policy, open_reward
+from align.recipe.settings import CheckpointSettings, OptimSettings
+from align.training.checkpoints import checkpoint_folder
+from stages.ppo.checkpoint import load_checkpoint
+from stages.ppo.config import Config, CriticSettings, RolloutSettings
+from stages.ppo.loop import Loop, Question
+from stages.ppo.scorer import RewardScorer
+from stages.ppo.trainer import PPOTrainer
+from tests.ppo.conftest import Tiny
+
+QUESTIONS = 7
+Wrap = Callable[[TransformersEngine, Context], Any]
+
+
+def make_config(**changes) -> Config:
+    optim = OptimSettings(lr=3e-3, eps=1e-5)
+    known = {
+        "rollouts": 4,
+        "rollout": RolloutSettings(prompts=6, max_response_tokens=5),
+        "epochs": 2,
+        "minibatches": 2,
+        "micro_batch_size": 4,
+        "optim": optim,
+        "critic": CriticSettings(optim=optim),
+        "checkpoint": CheckpointSettings(every_steps=1, keep=2),
+        "samples_every": 1,
+    }
+    return Config(**{**known, **changes})
+
+
+def make_context(tiny: Tiny, directory: Path, seed: int = 0) -> Context:
+    directory.mkdir(parents=True, exist_ok=True)
+    job = Job(
+        stage="ppo",
+        kind="ppo",
+        version=1,
+        fingerprint="0" * 64,
+        seed=seed,
+        directory=str(directory),
+        config={},
+        inputs={"policy": tiny.llama, "reference": tiny.llama, "reward": tiny.reward},
+        evaluation={},
+        track=[],
+        identity={},
+    )
+    return Context(job, StopFlag())
+
+
+def make_loop(
+    tiny: Tiny, directory: Path, config: Config | None = None, seed: int = 0, wrap: Wrap | None = None
+) -> Loop:
+    """A fresh loop with everything loaded from disk, as a stage that starts or starts again. `wrap` replaces its
+    engine."""
+    config = config or make_config()
+    context = make_context(tiny, directory, seed)
+    policy, reference = (open_policy(context.input(slot), "chat") for slot in ("policy", "reference"))
+    reward = open_reward(context.input("reward"), "chat")
+    critic = critic_from_reward(context.input("reward"), policy.tokenizer, torch.float32)
+    reference.model.eval().requires_grad_(False)
+    trainer = PPOTrainer(
+        config, policy.model.train(), critic.train(), reference.model, seed=context.seed("minibatches")
+    )
+    engine = TransformersEngine(policy.model, batch_size=4)
+    messages = [[{"role": "user", "content": f"{'a ' * number}dog"}] for number in range(QUESTIONS)]
+    questions = [Question(one, policy.renderer.prompt(one)) for one in messages]
+    return Loop(
+        config,
+        context,
+        Accelerator(cpu=True),
+        trainer,
+        wrap(engine, context) if wrap else engine,
+        RewardScorer(reward, policy, batch_size=4),
+        policy.renderer,
+        questions,
+    )
+
+
+class StopAfter:
+    """An engine during whose n-th call the stop signal comes."""
+
+    name = "stop"
+
+    def __init__(self, engine: TransformersEngine, context: Context, calls: int):
+        self.engine, self.context, self.calls = engine, context, calls
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
+        self.calls -= 1
+        self.context.stop.is_set = self.calls <= 0
+        return self.engine.generate(prompts, sampling)
+
+    def sync(self) -> None:
+        self.engine.sync()
+
+
+class OwnWeights:
+    """An engine with weights of its own, like one in another process: it samples from what it was last given."""
+
+    name = "own weights"
+
+    def __init__(self, engine: TransformersEngine, context: Context):
+        self.source = engine.model
+        self.engine = TransformersEngine(type(engine.model)(engine.model.config), engine.batch_size)
+        self.sync()
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
+        return self.engine.generate(prompts, sampling)
+
+    def sync(self) -> None:
+        self.engine.model.load_state_dict(self.source.state_dict())
+
+
+def stop_after(calls: int) -> Wrap:
+    return lambda engine, context: StopAfter(engine, context, calls)
+
+
+def state(loop: Loop) -> dict[str, torch.Tensor]:
+    """Every number that training changes: both models, and the moments and step counts of both optimisers."""
+    tensors = {}
+    for name in ("actor", "critic"):
+        model = getattr(loop.trainer, name)
+        tensors |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
+        for index, values in loop.trainer.optimisers[name].state_dict()["state"].items():
+            tensors |= {f"{name}.optimiser.{index}.{key}": value for key, value in values.items()}
+    return tensors
+
+
+def sha256(loop: Loop) -> str:
+    """Of all the state's bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state(loop).items()):
+        digest.update(name.encode() + tensor.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def lines(loop: Loop) -> list[dict[str, Any]]:
+    """metrics.jsonl without the times, and samples.jsonl."""
+    metrics = [{key: value for key, value in row.items() if key != "time"} for row in loop.context.metrics.read()]
+    return metrics + loop.context.samples.read()
+
+
+def assert_same_run(loop: Loop, other: Loop) -> None:
+    mine, theirs = state(loop), state(other)
+    assert mine.keys() == theirs.keys()
+    different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
+    assert different == []
+    assert lines(loop) == lines(other)
+    assert loop.trainer.num_steps == other.trainer.num_steps
+    assert loop.history == other.history
+
+
+def damage(checkpoints: Path, rollouts: int) -> None:
+    """Flips one bit in the middle of the actor's weights."""
+    path = checkpoint_folder(checkpoints, rollouts) / "actor.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+    """Four rollouts without interruption."""
+    loop = make_loop(tiny, tmp_path_factory.mktemp("straight"))
+    loop.run()
+    return loop
+
+
+def bare_loop(tiny: Tiny, directory: Path, prompts: int, seed: int = 0, process: int = 0, processes: int = 1) -> Loop:
+    """A loop that can only choose prompts."""
+    accelerator: Any = SimpleNamespace(process_index=process, num_processes=processes, is_main_process=True)
+    nothing: Any = None
+    config = make_config(rollout=RolloutSettings(prompts=prompts), minibatches=1)
+    questions = [Question([], [number]) for number in range(QUESTIONS)]
+    context = make_context(tiny, directory, seed)
+    return Loop(config, context, accelerator, nothing, nothing, nothing, nothing, questions)
+
+
+@pytest.mark.parametrize("prompts", [1, 3, 7, 10, 16])
+def test_every_pass_visits_every_prompt_once(prompts, tiny, tmp_path):
+    """Rollouts divide the stream of passes, whether they are smaller or larger than the set of prompts: any seven
+    prompts in a row from a multiple of seven are all different, and each pass has an order of its own."""
+    loop = bare_loop(tiny, tmp_path, prompts)
+    stream = [one.ids[0] for index in range(3 * QUESTIONS) for one in loop.batch(index)]
+    assert len(stream) == 3 * QUESTIONS * prompts
+    passes = [tuple(stream[start : start + QUESTIONS]) for start in range(0, len(stream), QUESTIONS)]
+    assert all(sorted(one) == list(range(QUESTIONS)) for one in passes)
+    assert len(set(passes)) == len(passes)
+
+
+def test_prompts_depend_on_seed_and_rollout_only(tiny, tmp_path):
+    """A resumed run needs no memory of the prompts: any rollout's prompts can be asked for, in any order."""
+    forward = [bare_loop(tiny, tmp_path, 3).batch(index) for index in range(8)]
+    loop = bare_loop(tiny, tmp_path, 3)
+    assert [loop.batch(index) for index in reversed(range(8))] == forward[::-1]
+    assert [bare_loop(tiny, tmp_path, 3, seed=1).batch(index) for index in range(8)] != forward
+
+
+def test_processes_share_the_prompts(tiny, tmp_path):
+    """The processes' prompts are those of a single process, each once."""
+    for index in range(5):
+        whole = bare_loop(tiny, tmp_path, 6).batch(index)
+        parts = [bare_loop(tiny, tmp_path, 6, process=rank, processes=3).batch(index) for rank in range(3)]
+        assert [len(part) for part in parts] == [2, 2, 2]
+        assert Counter(one.ids[0] for part in parts for one in part) == Counter(one.ids[0] for one in whole)
+
+
+def test_a_run_counts_and_learns(straight, tiny, tmp_path):
+    """Cnt, R2: 4 rollouts x 2 epochs x 2 minibatches; the KL is exactly 0 on the first rollout and not after it."""
+    assert straight.trainer.num_steps == 16
+    metrics = straight.context.metrics.read()
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert [row["episode"] for row in metrics] == [6, 12, 18, 24]
+    assert metrics[0]["objective/kl"] == 0
+    assert all(row["objective/kl"] != 0 for row in metrics[1:])
+    assert {row["step"] for row in straight.context.samples.read()} == {1, 2, 3, 4}
+    start = make_loop(tiny, tmp_path)
+    before = dict(start.trainer.actor.named_parameters())
+    assert all(not torch.equal(before[name], now) for name, now in straight.trainer.actor.named_parameters())
+
+
+@pytest.mark.parametrize("rollouts", [1, 2, 3])
+def test_stopping_and_resuming_changes_nothing(rollouts, straight, tiny, tmp_path):
+    """A stop signal in the middle of a rollout ends it with a checkpoint; a fresh process goes on, and ends with the
+    same weights, moments, metrics and samples as an uninterrupted run, bit for bit."""
+    config = make_config(checkpoint=CheckpointSettings(every_steps=100))
+    stopped = make_loop(tiny, tmp_path, config, wrap=stop_after(rollouts))
+    with pytest.raises(Interrupted):
+        stopped.run()
+    assert stopped.trainer.num_steps == 4 * rollouts
+    resumed = make_loop(tiny, tmp_path, config)
+    resumed.run()
+    assert_same_run(resumed, straight)
+
+
+def test_a_signal_during_the_last_rollout_loses_nothing(straight, tiny, tmp_path):
+    """The last rollout ends as usual, with a checkpoint, so that starting again, before the policy was committed, has
+    nothing left to train."""
+    config = make_config(checkpoint=CheckpointSettings(every_steps=100))
+    loop = make_loop(tiny, tmp_path, config, wrap=stop_after(4))
+    loop.run()
+    assert_same_run(loop, straight)
+    again = make_loop(tiny, tmp_path, config)
+    again.run()
+    assert_same_run(again, straight)
+
+
+def test_resuming_during_the_warm_up(tiny, tmp_path):
+    """A checkpoint from before the actor's first step, when its optimiser has no state, is no exception."""
+    config = make_config(critic=CriticSettings(optim=OptimSettings(lr=3e-3), warmup_rollouts=2))
+    whole = make_loop(tiny, tmp_path / "whole", config)
+    whole.run()
+    with pytest.raises(Interrupted):
+        make_loop(tiny, tmp_path / "parts", config, wrap=stop_after(1)).run()
+    resumed = make_loop(tiny, tmp_path / "parts", config)
+    resumed.run()
+    assert_same_run(resumed, whole)
+
+
+def test_resuming_gives_the_engine_the_weights(straight, tiny, tmp_path):
+    """An engine with weights of its own samples, after a resume, from the policy of the checkpoint and not from the
+    one the stage started with."""
+    with pytest.raises(Interrupted):
+        make_loop(tiny, tmp_path, wrap=stop_after(2)).run()
+    resumed = make_loop(tiny, tmp_path, wrap=OwnWeights)
+    resumed.run()
+    assert_same_run(resumed, straight)
+
+
+def test_a_crash_between_checkpoints_repeats_the_rollouts(straight, tiny, tmp_path):
+    """Lines that were written after the last checkpoint are dropped and written again, not twice."""
+    config = make_config(checkpoint=CheckpointSettings(every_steps=2))
+    loop = make_loop(tiny, tmp_path, config)
+    rollout = loop.rollout
+
+    def crash(index: int) -> dict[str, float]:
+        if index == 3:
+            raise MemoryError
+        return rollout(index)
+
+    loop.rollout = crash  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        loop.run()
+    assert [row["step"] for row in loop.context.metrics.read()] == [1, 2, 3]
+    resumed = make_loop(tiny, tmp_path, config)
+    resumed.run()
+    assert_same_run(resumed, straight)
+
+
+def test_a_damaged_checkpoint_is_passed_over(straight, tiny, tmp_path):
+    """One flipped bit in the newest checkpoint: the one before it is resumed from, and the end is the same."""
+    loop = make_loop(tiny, tmp_path, wrap=stop_after(3))
+    with pytest.raises(Interrupted):
+        loop.run()
+    damage(loop.context.checkpoints, 3)
+    resumed = make_loop(tiny, tmp_path)
+    assert load_checkpoint(resumed.context, resumed.trainer)[0] == 2
+    resumed.run()
+    assert_same_run(resumed, straight)
+
+
+def test_nothing_but_damaged_checkpoints_is_an_error(tiny, tmp_path):
+    """Starting again from rollout 0 would silently throw the work away."""
+    loop = make_loop(tiny, tmp_path, wrap=stop_after(2))
+    with pytest.raises(Interrupted):
+        loop.run()
+    for rollouts in (1, 2):
+        damage(loop.context.checkpoints, rollouts)
+    with pytest.raises(ArtifactError, match="no checkpoint verifies"):
+        make_loop(tiny, tmp_path).run()
+
+
+def test_checkpoints_are_bounded_and_hold_no_pickle(straight):
+    """Two are kept, the newest; weights and moments are safetensors that say what they are, the rest is JSON."""
+    folders = sorted(folder.name for folder in straight.context.checkpoints.iterdir())
+    assert folders == ["step-3", "step-4"]
+    newest = checkpoint_folder(straight.context.checkpoints, 4)
+    assert {path.suffix for path in newest.iterdir()} == {".safetensors", ".json"}
+    saved = load_file(newest / "actor.safetensors")
+    for name, parameter in straight.trainer.actor.named_parameters():
+        assert torch.equal(saved[name], parameter)
+
+
+def test_the_seed_decides_everything(straight, tiny, tmp_path):
+    """The same seed gives the same weights to the last bit, whatever the global random state; another seed others."""
+    torch.manual_seed(12345)
+    again = make_loop(tiny, tmp_path / "again")
+    again.run()
+    assert sha256(again) == sha256(straight)
+    assert lines(again) == lines(straight)
+    other = make_loop(tiny, tmp_path / "other", seed=1)
+    other.run()
+    assert sha256(other) != sha256(straight)
+
+
+def test_a_policy_that_is_not_its_reference_is_refused(tiny, tmp_path):
+    """R2: the inputs say that policy and reference are the same model; if a weight was lost on the way, the first
+    rollout stops before anything is updated."""
+    loop = make_loop(tiny, tmp_path)
+    with torch.no_grad():
+        next(loop.trainer.actor.parameters()).mul_(1.05)
+    before = sha256(loop)
+    with pytest.raises(NumericError, match="differs from its reference"):
+        loop.run()
+    assert sha256(loop) == before

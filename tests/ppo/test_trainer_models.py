@@ -1,0 +1,155 @@
+"""The trainer with real models, as a stage loads them: tiny Llama- and GPT-2-shaped policies in train mode."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from align.data.render import Renderer
+from align.errors import NumericError
+from align.generation.engine import Samples
+from align.job import Input
+from align.models.load import critic_from_reward, load_policy, load_tokenizer
+from align.recipe.settings import OptimSettings
+from stages.ppo.alarms import check_starts_at_reference
+from stages.ppo.config import Config, CriticSettings, RolloutSettings
+from stages.ppo.rollout import Responses, join
+from stages.ppo.trainer import PPOTrainer, rollout_metrics
+from tests.ppo.conftest import Tiny
+
+ROWS, WIDTH = 8, 7
+
+
+def make_trainer(policy: torch.nn.Module, tiny: Tiny, **changes) -> PPOTrainer:
+    """The policy, a frozen copy of it as the reference, and the critic that the tiny reward model gives."""
+    critic = critic_from_reward(tiny.reward, load_tokenizer(tiny.reward), torch.float32).train()
+    critic.to(next(policy.parameters()).dtype)
+    optim = OptimSettings(lr=1e-3, eps=1e-5)
+    known = {
+        "rollouts": 4,
+        "rollout": RolloutSettings(prompts=ROWS, max_response_tokens=WIDTH),
+        "epochs": 1,
+        "micro_batch_size": 4,
+        "optim": optim,
+        "critic": CriticSettings(optim=optim),
+    }
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    return PPOTrainer(Config(**{**known, **changes}), policy, critic, reference, seed=0)
+
+
+def make_responses(policy_input: Input, pad: int | None = None) -> tuple[Responses, torch.Tensor]:
+    """Random tokens: prompts of one to five, responses of one to seven, the last row cut."""
+    renderer = Renderer(load_tokenizer(policy_input))
+    pad = renderer.pad_id if pad is None else pad
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.tensor([1 + row % WIDTH for row in range(ROWS - 1)] + [WIDTH])
+    finished = torch.arange(ROWS) < ROWS - 1
+    ids = torch.randint(5, len(renderer.tokenizer), (ROWS, WIDTH), generator=generator)
+    ids[finished, lengths[finished] - 1] = renderer.end_of_turn
+    ids = torch.where(torch.arange(WIDTH) < lengths[:, None], ids, pad)
+    prompts = [
+        torch.randint(5, len(renderer.tokenizer), (1 + row % 5,), generator=generator).tolist() for row in range(ROWS)
+    ]
+    return join(prompts, Samples(ids, lengths, finished), pad, "cpu"), torch.linspace(-1, 1, ROWS)
+
+
+def weights(trainer: PPOTrainer) -> list[torch.Tensor]:
+    models = (trainer.actor, trainer.critic)
+    return [parameter.detach().clone() for model in models for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("policy_input", ["llama", "gpt2", "dropout_llama"], indirect=True)
+def test_first_ratio_is_one(policy, policy_input, tiny):
+    """R1, rows 22 and 23: in train mode, with other rows in a micro-batch than when the old log-probabilities were
+    taken, every first ratio is 1 up to rounding, although two of the checkpoints ask for dropout. One epoch of one
+    minibatch: the averages are those of the first."""
+    assert policy.training
+    trainer = make_trainer(policy, tiny)
+    metrics = trainer.improve(trainer.observe(*make_responses(policy_input)), 0)
+    assert metrics["val/ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert metrics["val/ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics["val/ratio_var"] == pytest.approx(0, abs=1e-5)
+    assert metrics["policy/approxkl_avg"] < 1e-10
+    assert metrics["policy/clipfrac_avg"] == 0
+
+
+def test_dropout_stops_the_run(policy, policy_input, tiny):
+    """R1: with dropout switched on again the check of the first ratio refuses, and nothing was updated."""
+    trainer = make_trainer(policy, tiny)
+    if hasattr(policy.config, "attn_pdrop"):
+        for module in policy.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+    else:
+        for layer in policy.model.layers:
+            layer.self_attn.attention_dropout = 0.3
+    torch.manual_seed(0)
+    rollout = trainer.observe(*make_responses(policy_input))
+    before = weights(trainer)
+    with pytest.raises(NumericError, match="is dropout on"):
+        trainer.improve(rollout, 0)
+    assert all(torch.equal(now, then) for now, then in zip(weights(trainer), before, strict=True))
+
+
+def test_kl_to_a_copied_reference_is_exactly_zero(policy, policy_input, tiny):
+    """R2, row 24: the actor in train mode and its frozen copy in eval mode agree bit for bit at step 0."""
+    trainer = make_trainer(policy, tiny)
+    responses, scores = make_responses(policy_input)
+    rollout = trainer.observe(responses, scores)
+    assert torch.equal(rollout.logp_old, rollout.logp_ref)
+    metrics = rollout_metrics(rollout, trainer.config.kl.coef, scores)
+    assert metrics["objective/kl"] == metrics["objective/kl_k3"] == metrics["objective/kl_se"] == 0
+    check_starts_at_reference(0.0, trainer.rounding)
+
+
+def test_another_reference_is_noticed(tiny):
+    """R2, row 84: a reference that is not the model the policy starts from has a KL far beyond the bound."""
+    policy = load_policy(tiny.llama, load_tokenizer(tiny.llama), torch.float32)
+    trainer = make_trainer(policy, tiny)
+    with torch.no_grad():
+        next(trainer.reference.parameters()).mul_(1.05)
+    rollout = trainer.observe(*make_responses(tiny.llama))
+    with pytest.raises(NumericError, match="differs from its reference"):
+        check_starts_at_reference(float((rollout.logp_old - rollout.logp_ref).abs().max()), trainer.rounding)
+
+
+def test_micro_batches_do_not_matter(policy_input, tiny):
+    """Row 66, P1: micro-batches of 1, 2, 4 and 8 rows have other paddings on both sides, and lead to the same weights
+    up to rounding: positions count from a row's first token, and every sum is divided once."""
+    results = []
+    for micro in (1, 2, 4, 8):
+        policy = load_policy(policy_input, load_tokenizer(policy_input), torch.float64).train()
+        trainer = make_trainer(policy, tiny, micro_batch_size=micro, epochs=2, minibatches=1)
+        trainer.improve(trainer.observe(*make_responses(policy_input)), 0)
+        results.append(weights(trainer))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+
+
+def test_pad_may_be_eos(policy_input, tiny):
+    """P2, row 3: with the padding's id that of EOS, log-probabilities, values, advantages and the updated weights are
+    bit-identical."""
+    tokenizer = load_tokenizer(policy_input)
+    renderer = Renderer(tokenizer)
+    results = []
+    for pad in (renderer.pad_id, renderer.end_of_turn):
+        trainer = make_trainer(load_policy(policy_input, tokenizer, torch.float32).train(), tiny)
+        rollout = trainer.observe(*make_responses(policy_input, pad))
+        trainer.improve(rollout, 0)
+        seen = [rollout.logp_old, rollout.values, rollout.advantages, rollout.entropy]
+        results.append(seen + weights(trainer))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_old_logprobs_are_those_of_a_forward_without_padding(policy, policy_input, tiny):
+    """P1, N3, row 25: each row alone, without padding and without positions given, through the library's forward."""
+    responses, scores = make_responses(policy_input)
+    rollout = make_trainer(policy, tiny).observe(responses, scores)
+    for row, length in enumerate(responses.lengths.tolist()):
+        ids = responses.input_ids[row][responses.attention_mask[row].bool()][None]
+        logp = policy(input_ids=ids).logits.log_softmax(-1)[0, -length - 1 : -1]
+        expected = logp.gather(-1, ids[0, -length:, None])[:, 0]
+        torch.testing.assert_close(rollout.logp_old[row, :length], expected.detach(), rtol=0, atol=2e-5)

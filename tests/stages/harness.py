@@ -1,0 +1,125 @@
+"""Runs a whole stage in this process, on a tiny model and a handful of rows, and can stop it at a step."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from align.context import Context, StopFlag
+from align.job import Input, Job, StageResult
+from align.metrics import MetricsLog
+from align.recipe.settings import TrainingSettings
+from tests.models.tiny import demo_texts, model_input
+
+STEPS = 6
+COMMON: dict[str, Any] = {
+    "max_steps": STEPS,
+    "batch_size": 4,
+    "max_length": 64,
+    "log_every": 1,
+    "checkpoint": {"every_steps": 2},
+    "optim": {"lr": 1e-2, "schedule": "cosine", "warmup": 0.3},  # warm-up and decay: resuming has a place to be lost
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "sft": COMMON,
+    "dpo": COMMON,
+    "reward": COMMON | {"normalise": {"samples": 32, "max_response_tokens": 8}},
+}
+LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8}}
+
+
+def write_data(folder: Path) -> dict[str, str]:
+    """Demonstrations and preferences of the demo world; the data file of each kind of stage."""
+    rows = demo_texts(24, seed=3)
+    demonstrations, preferences = folder / "demonstrations.jsonl", folder / "preferences.jsonl"
+    demonstrations.write_text("".join(json.dumps({"prompt": p, "response": a}) + "\n" for p, a in rows))
+    preferences.write_text(
+        "".join(json.dumps({"prompt": p, "chosen": "sure , " + a, "rejected": "ugh , " + a}) + "\n" for p, a in rows)
+    )
+    return {"sft": str(demonstrations), "dpo": str(preferences), "reward": str(preferences)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stage that can be run in its folder, as often as a test wants to."""
+
+    kind: str
+    directory: Path
+    policy: Input
+    settings: dict[str, Any]
+    seed: int = 0
+
+    def config(self) -> TrainingSettings:
+        return importlib.import_module(f"stages.{self.kind}.config").Config.model_validate(self.settings)
+
+    def context(self) -> Context:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        job = Job(
+            stage=self.kind,
+            kind=self.kind,
+            version=1,
+            fingerprint="0" * 64,
+            seed=self.seed,
+            directory=str(self.directory),
+            config=self.settings,
+            inputs={"policy": self.policy},
+            evaluation={"prompts": 4, "max_response_tokens": 6},
+            track=[],
+            identity={},
+        )
+        return Context(job, StopFlag())
+
+    def __call__(self, at_step: Callable[[Context, int], None] | None = None) -> StageResult:
+        """Runs the stage; `at_step` is called when the metrics of a step are written."""
+        context = self.context()
+        if at_step:
+            context.metrics = Watched(context, at_step)
+        return importlib.import_module(f"stages.{self.kind}.run").run(self.config(), context)
+
+    def at(self, directory: Path, **changes: Any) -> Run:
+        """The same run in another folder."""
+        return replace(self, directory=directory, **changes)
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "model"
+
+    def output(self) -> Input:
+        """What the stage made, as the next stage's input."""
+        return model_input(self.model, "reward" if self.kind == "reward" else "policy", source=self.kind)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl without the clock."""
+        rows = MetricsLog(self.directory / "metrics.jsonl").read()
+        return [{key: value for key, value in row.items() if key not in {"time", "step_time"}} for row in rows]
+
+
+class Watched(MetricsLog):
+    """metrics.jsonl with a person beside it who may press Ctrl-C at a step."""
+
+    def __init__(self, context: Context, at_step: Callable[[Context, int], None]):
+        super().__init__(context.metrics.path)
+        self.context, self.at_step = context, at_step
+
+    def write(self, step: int, **values: Any) -> None:
+        super().write(step, **values)
+        self.at_step(self.context, step)
+
+
+def stop_after(step: int) -> Callable[[Context, int], None]:
+    """Asks the stage to stop once `step` is logged: it finishes the next step and saves."""
+
+    def at_step(context: Context, now: int) -> None:
+        context.stop.is_set = context.stop.is_set or now >= step
+
+    return at_step
+
+
+def weights_hash(model: Path) -> str:
+    """sha256 of a saved model's weights."""
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
