@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from align.records import write_text
+
 
 class JsonLines:
     """An append-only file of JSON objects, one per line, each with a `step`.
@@ -46,7 +48,7 @@ class JsonLines:
         """Drops lines beyond `step`, so that a resumed stage does not write a step twice."""
         rows = [row for row in self.read() if row["step"] <= step]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self.path.write_text(text, encoding="utf-8")
+        write_text(self.path, text)
 
 
 class MetricsLog(JsonLines):

@@ -50,6 +50,9 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"{path.parent}: cannot make the folder: {error.strerror or error}") from error
+    try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
@@ -115,19 +118,20 @@ def read_manifest(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in manifest["files"].items()}
+        schema = int(manifest["schema"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{folder}: not a complete artifact: {MANIFEST} is missing or unreadable") from error
-    if manifest.get("schema", 0) > MANIFEST_SCHEMA:
-        raise ArtifactError(f"{folder}: written by a newer align (manifest schema {manifest['schema']}); update align")
-    for name, facts in files.items():
+    if schema > MANIFEST_SCHEMA:
+        raise ArtifactError(f"{folder}: written by a newer align (manifest schema {schema}); update align")
+    for name, (expected_size, expected_hash) in files.items():
         path = folder / name
         if not path.is_file() or path.is_symlink():
             raise ArtifactError(f"{folder}: {name} is listed in {MANIFEST} but missing")
         size = path.stat().st_size
-        if size != facts["size"]:
-            raise ArtifactError(f"{path}: {size} bytes, the manifest says {facts['size']}: the file was cut or edited")
-        if hashes and sha256_file(path) != facts["sha256"]:
+        if size != expected_size:
+            raise ArtifactError(f"{path}: {size} bytes, the manifest says {expected_size}: the file was cut or edited")
+        if hashes and sha256_file(path) != expected_hash:
             raise ArtifactError(
                 f"{path}: content differs from the manifest's sha256: the file is damaged or was edited"
             )

@@ -100,6 +100,8 @@ def _check_world_size() -> int:
             f"{wanted} processes were asked for and {size} started; check the launcher's arguments "
             "(`accelerate launch --cpu` starts one process whatever --num_processes says)"
         )
+    if size > 1:
+        raise ConfigError(f"{size} processes: this version trains every stage on one; leave --num_processes out")
     return size
 
 

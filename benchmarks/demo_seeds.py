@@ -38,7 +38,7 @@ def with_interval(metrics: dict[str, Any], key: str, digits: int) -> str:
 def table(results: dict[int, dict[str, Any]]) -> str:
     """One row per seed."""
     lines = [
-        "| seed | base gold | SFT gold | PPO gold | PPO KL | PPO EOS rate | DPO gold | DPO KL | reward accuracy | seconds |",
+        "| seed | base gold | SFT gold | PPO gold | PPO KL | PPO EOS | DPO gold | DPO KL | reward accuracy | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for seed, records in results.items():

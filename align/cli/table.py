@@ -68,6 +68,7 @@ def _is_reward(metrics: Mapping[str, Any]) -> bool:
 
 def _metrics_table(kind: str, columns: Sequence[tuple[str, str, int]], rows: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(Column(kind, no_wrap=True), box=SIMPLE_HEAD, pad_edge=False)
+    columns = [column for column in columns if any(column[1] in metrics for metrics in rows.values())]
     for title, _, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
     for name, metrics in rows.items():

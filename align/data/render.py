@@ -98,8 +98,9 @@ class Renderer:
 
     def without_control_text(self, text: str) -> str:
         """Text that a model produced, without anything this tokenizer would read as a control token."""
-        for control in self._control_texts:
-            text = text.replace(control, "")
+        while any(control in text for control in self._control_texts):  # taking one out may join another
+            for control in self._control_texts:
+                text = text.replace(control, "")
         return text
 
     def _text(self, messages: Sequence[Message], source: str = "", add_generation_prompt: bool = False) -> str:

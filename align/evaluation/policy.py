@@ -62,7 +62,7 @@ def evaluate_policy(
     ]
     gold = load_gold(settings.gold)
     if gold is not None:
-        scores = [float(score) for score in gold(questions, texts)]
+        scores = _gold_scores(gold, settings.gold, questions, texts)
         metrics["gold"], metrics["gold_ci95"] = mean_interval(scores)
         for row, score in zip(rows, scores, strict=True):
             row["gold"] = score
@@ -82,3 +82,14 @@ def evaluate_policy(
     lengths = [float(length) for length in samples.lengths.tolist()]
     metrics["response_length"], metrics["response_length_ci95"] = mean_interval(lengths)
     return metrics, rows
+
+
+def _gold_scores(gold: GoldScorer, name: str | None, questions: Sequence[str], texts: Sequence[str]) -> list[float]:
+    """Scores by the recipe's scorer, which is the user's code: whatever it raises is reported with its name."""
+    try:
+        scores = [float(score) for score in gold(questions, texts)]
+    except Exception as error:
+        raise ConfigError(f"evaluation.gold: {name} raised {type(error).__name__}: {error}") from error
+    if len(scores) != len(texts):
+        raise ConfigError(f"evaluation.gold: {name} gave {len(scores)} scores for {len(texts)} responses")
+    return scores

@@ -28,6 +28,8 @@ from align.job import Input
 
 OFFSET_FIELD = "reward_offset"
 """Name in config.json of what is added to the head's output; see align.models.reward."""
+HIGHEST_FIELD = "reward_highest_in_training"
+"""Name in config.json of the highest normalised score of a chosen response that the reward model was trained on."""
 
 
 def local_folder(source: Input) -> str:

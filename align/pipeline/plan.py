@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from align.pipeline.graph import Node, build_graph
 from align.pipeline.reasons import changes
 from align.recipe.load import Recipe
 from align.recipe.nearest import did_you_mean
+from align.recipe.settings import DataSettings, Role
 from align.records import MANIFEST, read_manifest
 
 
@@ -94,12 +96,13 @@ def make_plan(
     """
     nodes = build_graph(recipe, requested)
     _check_force(force, nodes)
+    _check_trackers(recipe.settings.track)
     cache = HashCache(run_dir.parent)
     jobs = make_jobs(recipe.settings, nodes, run_dir, cache)
     cache.save()
     steps = [decide(node, job, forced=job.stage in force) for node, job in zip(nodes, jobs, strict=True)]
     steps = _settle(steps, {*(requested or [node.name for node in nodes]), *force}, verify)
-    check_data(steps)
+    check_data(steps, recipe.settings.evaluation.data)
     return Plan(recipe, run_dir, steps)
 
 
@@ -168,24 +171,28 @@ def _verify_external(step: Step) -> None:
             read_manifest(folder, hashes=True)
 
 
-def check_data(steps: Sequence[Step]) -> None:
-    """Reads and checks the data of every stage that will run. Raises DataError with all problems."""
+def check_data(steps: Sequence[Step], evaluation: DataSettings | None = None) -> None:
+    """Reads and checks the data of every stage that will run, and that of the evaluation. Raises DataError with all
+    problems."""
+    running = [step.node for step in steps if step.runs]
+    wanted = [(node.data, node.spec.data) for node in running]
+    if running:
+        wanted.append((evaluation, Role.PROMPTS))
+    unique = {(data.model_dump_json(), role): (data, role) for data, role in wanted if data and role}
     problems: list[Problem] = []
-    seen: set[tuple[str, str]] = set()
-    for node in [step.node for step in steps if step.runs]:
-        if (
-            node.data is None
-            or node.spec.data is None
-            or (key := (node.data.model_dump_json(), node.spec.data)) in seen
-        ):
-            continue
-        seen.add(key)
+    for data, role in unique.values():
         try:
-            load(node.data, node.spec.data)
+            load(data, role)
         except DataError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise DataError(problems)
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise ConfigError([Problem("track", f"{name} is not installed", f"pip install {name}") for name in missing])
 
 
 def _check_force(force: Collection[str], nodes: Sequence[Node]) -> None:

@@ -7,6 +7,7 @@ loss as 0 and train on. `CommittedTrainer` replaces those parts and nothing else
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -70,8 +71,11 @@ def trainer_arguments(config: TrainingSettings, context: Context, optim: OptimSe
 
 def housekeeping_arguments(context: Context) -> dict[str, Any]:
     """Arguments that do not touch the maths."""
+    # The tensorboard callback takes its folder from the environment only; the default lies among the checkpoints.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.directory / "tracking" / context.job.stage)
     return {
         "output_dir": str(context.checkpoints),
+        "run_name": f"{context.directory.parent.parent.name}/{context.job.stage}",
         "seed": context.seed("training"),
         "data_seed": context.seed("data"),
         "use_cpu": not torch.cuda.is_available(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from align.data.render import Renderer
 from align.data.rows import Message
 from align.errors import NumericError
 from align.generation.engine import RolloutEngine, Samples, Sampling
+from align.models.load import HIGHEST_FIELD
 from align.training.progress import StageProgress
 from stages.ppo import alarms
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
@@ -63,6 +65,7 @@ class Loop:
         context.metrics.truncate_after(start)
         context.samples.truncate_after(start)
         checkpoint_every = config.checkpoint.every_steps or math.ceil(config.rollouts / 10)
+        self.console.print(f"  rollouts: {self.engine.name}", highlight=False)
         self.accelerator.init_trackers(context.job.stage, config=None)
         with StageProgress(
             context.job.stage, config.rollouts, "rollouts", enabled=self.accelerator.is_main_process
@@ -79,6 +82,7 @@ class Loop:
 
     def rollout(self, index: int) -> dict[str, float]:
         """One round: sample, score, observe, improve, sync. Returns its metrics."""
+        started = time.monotonic()
         questions = self.batch(index)
         samples = self.sample(questions, f"rollout {index}")
         raw_scores = self.scorer([one.messages for one in questions], [one.ids for one in questions], samples)
@@ -88,12 +92,19 @@ class Loop:
         if index == 0 and self.starts_at_reference():
             difference = (rollout.logp_old - rollout.logp_ref).abs().max()
             alarms.check_starts_at_reference(float(difference), self.trainer.rounding)
-        observed = rollout_metrics(rollout, self.config.kl.coef, raw_scores.to(device), self.trainer.processes.sum)
+        observed = rollout_metrics(rollout, self.config.kl.coef, raw_scores.to(device), self.trainer.processes)
         improved = self.trainer.improve(rollout, index)
         self.engine.sync()
         self.write_samples(index, questions, samples, raw_scores, rollout)
         episode = (index + 1) * self.config.rollout.prompts
-        return {**observed, "objective/kl_coef": self.config.kl.coef, **improved, "episode": float(episode)}
+        speed = self.config.rollout.prompts / (time.monotonic() - started)
+        return {
+            **observed,
+            "objective/kl_coef": self.config.kl.coef,
+            **improved,
+            "episode": float(episode),
+            "eps": speed,
+        }
 
     def starts_at_reference(self) -> bool:
         """Whether the reference is the very model that the policy starts from."""
@@ -131,7 +142,9 @@ class Loop:
 
     def report(self, done: int, metrics: dict[str, float], bar: StageProgress) -> None:
         """metrics.jsonl, trackers, progress bar and alarms."""
-        raised, self.history = alarms.check(metrics, self.history, self.config.rollout.max_response_tokens)
+        highest = getattr(self.scorer.reward.model.config, HIGHEST_FIELD, None)
+        cap = self.config.rollout.max_response_tokens
+        raised, self.history = alarms.check(metrics, self.history, cap, max_training_score=highest)
         if self.accelerator.is_main_process:
             self.context.metrics.write(done, **metrics, alarms=[alarm.name for alarm in raised])
         self.accelerator.log(metrics, step=done)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from transformers import set_seed
 
 from align.context import Context
 from align.errors import ConfigError, DataError, Problem
 from align.evaluation.stage import evaluate_stage, held_out_prompts
+from align.generation.engine import RolloutEngine
 from align.generation.transformers_engine import TransformersEngine
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
@@ -18,7 +22,7 @@ from align.recipe.settings import EvaluationSettings, Role
 from align.training.masked import Processes
 from align.training.rows import load_rows
 from align.training.trainer import training_dtype
-from stages.ppo.config import Config
+from stages.ppo.config import Config, RolloutSettings
 from stages.ppo.loop import Loop, Question
 from stages.ppo.scorer import RewardScorer
 from stages.ppo.trainer import PPOTrainer
@@ -28,32 +32,18 @@ def run(config: Config, context: Context) -> StageResult:
     """Improves the policy rollout by rollout."""
     set_seed(context.seed("weights"))
     assert config.data is not None
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with=list(context.job.track) or None,
-        project_dir=str(context.directory),
-    )
-    template = config.data.template
+    accelerator = new_accelerator(context)
     dataset = load_rows(config.data, Role.PROMPTS, context)
-    policy = open_policy(context.input("policy"), template)
-    reference = open_policy(context.input("reference"), template)
-    reward = open_reward(context.input("reward"), template)
-    batch_size = config.rollout.micro_batch_size
-    scorer = RewardScorer(reward, policy, batch_size)
-    if scorer.shares_tokenizer:
-        critic = critic_from_reward(context.input("reward"), policy.tokenizer, torch.float32)
-    else:
-        critic = critic_from_policy(context.input("policy"), policy.tokenizer, torch.float32)
-    steps_per_epoch = config.minibatches * accelerator.num_processes
-    if config.rollout.prompts % steps_per_epoch:
-        raise ConfigError(
-            f"ppo.rollout.prompts: {config.rollout.prompts} prompts do not divide into {config.minibatches} minibatches "
-            f"on each of {accelerator.num_processes} processes; use a multiple of {steps_per_epoch}"
-        )
+    policy, reference, reward = (
+        open_model(context.input(slot), config.data.template)
+        for slot, open_model in (("policy", open_policy), ("reference", open_policy), ("reward", open_reward))
+    )
     questions, too_long = training_questions(policy, dataset.train, config)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
     prompts = held_out_prompts(evaluation, dataset.held_out, dataset.train)
 
+    scorer = RewardScorer(reward, policy, config.rollout.micro_batch_size)
+    critic = new_critic(context, policy, scorer)
     for model in (policy.model, reference.model, reward.model, critic):
         model.to(accelerator.device)
     reference.model.eval().requires_grad_(False)
@@ -69,7 +59,7 @@ def run(config: Config, context: Context) -> StageResult:
         processes=all_processes(accelerator),
         precision=training_dtype(config.precision),
     )
-    engine = TransformersEngine(policy.model, batch_size)
+    engine = new_engine(config.rollout, policy)
     loop = Loop(config, context, accelerator, trainer, engine, scorer, policy.renderer, questions)
     loop.run()
 
@@ -78,12 +68,27 @@ def run(config: Config, context: Context) -> StageResult:
     metrics = evaluate_stage(
         context, evaluation, effective, policy.renderer, prompts, reference=reference.model, scorer=scorer
     )
-    counts = {
-        "optimiser_steps": trainer.num_steps,
-        "prompts_trained": len(questions),
-        "prompts_too_long": too_long,
-    }
+    counts = {"optimiser_steps": trainer.num_steps, "prompts_trained": len(questions), "prompts_too_long": too_long}
     return StageResult({**metrics, **counts}, handover)
+
+
+def new_accelerator(context: Context) -> Accelerator:
+    """Processes, device and trackers."""
+    folders = ProjectConfiguration(str(context.directory), logging_dir=str(context.directory / "tracking"))
+    trackers: list[Any] = list(context.job.track)
+    return Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers or None, project_config=folders)
+
+
+def new_critic(context: Context, policy: Opened, scorer: RewardScorer) -> Any:
+    """The critic starts from the reward model; from the policy when the two do not share a tokenizer."""
+    if scorer.shares_tokenizer:
+        return critic_from_reward(context.input("reward"), policy.tokenizer, torch.float32)
+    return critic_from_policy(context.input("policy"), policy.tokenizer, torch.float32)
+
+
+def new_engine(settings: RolloutSettings, policy: Opened) -> RolloutEngine:
+    """The rollout engine the recipe asks for."""
+    return TransformersEngine(policy.model, settings.micro_batch_size)
 
 
 def training_questions(policy: Opened, prompts: list, config: Config) -> tuple[list[Question], int]:

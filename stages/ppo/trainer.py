@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from align.errors import NumericError
 from align.recipe.settings import OptimSettings
 from align.training.logprobs import response_logprobs, response_values
-from align.training.masked import ALONE, Processes, Reduce, correlation, identity, masked_sum, moments, whiten
+from align.training.masked import ALONE, Processes, correlation, masked_sum, moments, whiten
 from align.training.schedule import learning_rate_factor
 from stages.ppo import kl
 from stages.ppo.advantages import explained_variance, gae
@@ -193,8 +193,11 @@ class PPOTrainer:
                 )
 
 
-def rollout_metrics(rollout: Rollout, coef: float, raw_scores: Tensor, reduce: Reduce = identity) -> dict[str, float]:
+def rollout_metrics(
+    rollout: Rollout, coef: float, raw_scores: Tensor, processes: Processes = ALONE
+) -> dict[str, float]:
     """What a rollout looks like before the update. Token averages are over valid tokens of all processes."""
+    reduce = processes.sum
     mask, lengths = rollout.responses.mask, rollout.responses.lengths.double()
     finished = rollout.responses.finished
     kl_summary = kl.summary(rollout.logp_old, rollout.logp_ref, mask, reduce)
@@ -205,6 +208,8 @@ def rollout_metrics(rollout: Rollout, coef: float, raw_scores: Tensor, reduce: R
         **kl_summary,
         "objective/scores": scores.mean,
         "objective/scores_std": scores.variance**0.5,
+        "objective/scores_min": -float(processes.max(-rollout.scores.min()[None].double())),
+        "objective/scores_max": float(processes.max(rollout.scores.max()[None].double())),
         "objective/raw_scores": moments(raw_scores, reduce=reduce).mean,
         "objective/non_score_reward": -coef * kl_summary["objective/kl"],
         "objective/rlhf_reward": scores.mean - coef * kl_summary["objective/kl"],

@@ -17,6 +17,7 @@ from align.generation.engine import Sampling
 from align.generation.transformers_engine import TransformersEngine
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
+from align.models.load import HIGHEST_FIELD
 from align.models.lora import add_lora, trainable_parameters, without_wrapper
 from align.models.opened import Opened, commit_reward, open_as_reward, open_policy
 from align.models.reward import normalise, score_sequences
@@ -61,38 +62,49 @@ def run(config: Config, context: Context) -> StageResult:
         keep_checkpoints=config.checkpoint.keep,
         shown={"loss": "loss", "accuracy": "accuracy", "margin": "margin"},
     )
-    trained = trainable_parameters(model)
-    with_adapter = without_wrapper(model).eval()
     samples = reference_samples(config, context, opened, train)
-    before = score_all(with_adapter, samples, opened.renderer.pad_id)
-    mean, std = float(before.mean()), float(before.std(unbiased=False))
-    if not std > MIN_STD:
-        raise NumericError(
-            f"{context.job.stage}: all {len(samples)} reference samples have the same score, so there is no scale to "
-            "normalise by; raise normalise.samples, or look at the rows: the model may have learnt nothing"
-        )
-    normalise(with_adapter, mean, std)
-    probes = [row["prompt_ids"] + row["chosen_ids"] for row in (held_out or train)[:NUM_PROBES]]
-    reward, handover = commit_reward(context.commit_model(), model, opened, probes)
-
-    after = score_all(reward, samples, opened.renderer.pad_id)
-    metrics: dict[str, Any] = {
-        "reference_mean": float(after.mean()),
-        "reference_std": float(after.std(unbiased=False)),
-        "raw_mean": mean,
-        "raw_std": std,
-        "trained_parameters": trained,
+    mean, std = normalise_on(without_wrapper(model).eval(), samples, train[: len(samples)], opened.renderer.pad_id)
+    probes = [_chosen(row) for row in (held_out or train)[:NUM_PROBES]]
+    counts = {
+        "trained_parameters": trainable_parameters(model),
         "rows": len(train),
         "rows_too_long": too_long,
         "rows_skipped": len(dataset.report.skipped),
     }
-    if held_out:
-        pad_id = opened.renderer.pad_id
-        chosen = score_all(reward, [row["prompt_ids"] + row["chosen_ids"] for row in held_out], pad_id)
-        rejected = score_all(reward, [row["prompt_ids"] + row["rejected_ids"] for row in held_out], pad_id)
-        lengths = [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in held_out]
-        metrics = {**pair_metrics(chosen.tolist(), rejected.tolist(), lengths), **metrics}
-    return StageResult(metrics, handover)
+    reward, handover = commit_reward(context.commit_model(), model, opened, probes)
+
+    after = score_all(reward, samples, opened.renderer.pad_id)
+    scale = {"reference_mean": float(after.mean()), "reference_std": float(after.std(unbiased=False))}
+    measured = held_out_metrics(reward, held_out, opened.renderer.pad_id) if held_out else {}
+    return StageResult({**measured, **scale, "raw_mean": mean, "raw_std": std, **counts}, handover)
+
+
+def normalise_on(
+    model: Any, samples: Sequence[list[int]], train: Sequence[TokenRow], pad_id: int
+) -> tuple[float, float]:
+    """Gives the model mean 0 and standard deviation 1 on `samples`; returns what they were.
+
+    Also notes the highest score of the training pairs' chosen responses: PPO raises an alarm when it goes beyond what
+    the model has ever seen. Raises NumericError when all samples have the same score.
+    """
+    scores = score_all(model, samples, pad_id)
+    mean, std = float(scores.mean()), float(scores.std(unbiased=False))
+    if not std > MIN_STD:
+        raise NumericError(
+            f"all {len(samples)} reference samples have the same score, so there is no scale to normalise by; raise "
+            "normalise.samples, or look at the rows: the reward model may have learnt nothing"
+        )
+    normalise(model, mean, std)
+    setattr(model.config, HIGHEST_FIELD, float(score_all(model, [_chosen(row) for row in train], pad_id).max()))
+    return mean, std
+
+
+def held_out_metrics(model: Any, rows: Sequence[TokenRow], pad_id: int) -> dict[str, Any]:
+    """Accuracy and its company on held-out pairs."""
+    chosen = score_all(model, [_chosen(row) for row in rows], pad_id)
+    rejected = score_all(model, [row["prompt_ids"] + row["rejected_ids"] for row in rows], pad_id)
+    lengths = [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    return pair_metrics(chosen.tolist(), rejected.tolist(), lengths)
 
 
 def reference_samples(config: Config, context: Context, opened: Opened, train: Sequence[TokenRow]) -> list[list[int]]:
@@ -125,8 +137,12 @@ def score_all(model: Any, sequences: Sequence[list[int]], pad_id: int) -> torch.
     return torch.cat([score_sequences(model, batch, pad_id) for batch in batches])
 
 
+def _chosen(row: TokenRow) -> list[int]:
+    return row["prompt_ids"] + row["chosen_ids"]
+
+
 def _full_texts(row: TokenRow) -> TokenRow:
     return {
-        "chosen_ids": row["prompt_ids"] + row["chosen_ids"],
+        "chosen_ids": _chosen(row),
         "rejected_ids": row["prompt_ids"] + row["rejected_ids"],
     }

@@ -9,7 +9,6 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 PAD, EOS, END_OF_TURN = 0, 1, 2
-VOCABULARY = 5
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,9 +56,9 @@ def model(request) -> torch.nn.Module:
 
 
 def fixed_distribution(probabilities: list[float]) -> LlamaForCausalLM:
-    """A model of five tokens that gives each the same probability in every state, whatever came before."""
+    """A model that gives every token its probability in every state, whatever came before."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=len(probabilities),
         hidden_size=4,
         intermediate_size=4,
         num_hidden_layers=1,
@@ -71,7 +70,7 @@ def fixed_distribution(probabilities: list[float]) -> LlamaForCausalLM:
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config).eval()
-    model.lm_head = torch.nn.Linear(4, VOCABULARY)
+    model.lm_head = torch.nn.Linear(4, len(probabilities))
     with torch.no_grad():
         model.lm_head.weight.zero_()
         model.lm_head.bias.copy_(torch.tensor(probabilities).clamp(min=1e-30).log())

@@ -71,6 +71,15 @@ def test_the_checkpoints_opinions_would_show(tmp_path):
     assert chi_square(output[:, -1].tolist(), torch.tensor(UNEVEN)) > 100 * CHI_SQUARE_4
 
 
+def test_every_token_of_a_large_vocabulary_is_drawn():
+    """P7, row 13: the library's own default keeps the 50 likeliest tokens. Probabilities rise evenly, because equally
+    likely tokens would all be kept. 99.99 % quantile of chi-square with 79 degrees of freedom: 131."""
+    probabilities = torch.arange(40.0, 120.0) / torch.arange(40.0, 120.0).sum()
+    tokens = first_tokens(fixed_distribution(probabilities.tolist()), 1.0)
+    assert chi_square(tokens, probabilities) < 131
+    assert len(set(tokens)) == 80
+
+
 def test_lengths_are_those_of_the_policy():
     """Rows 8 and 12: nothing forces or forbids an end. With a stop probability of .3 in every state (.1 for one stop
     token, .2 for the other) lengths are geometric: .3, .21, .147, .1029, and .2401 for the cap of five, of which .7
@@ -121,14 +130,19 @@ def test_a_batch_whose_responses_all_end_early_joins_a_longer_one():
     assert all(set(row[:-1]) <= {3} for row in samples.rows())
 
 
-def test_padding_does_not_change_the_likeliest_response(model):
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 4, len(PROMPTS)])
+def test_padding_does_not_change_the_likeliest_response(batch_size, model):
     """P1, row 1: at a temperature close to 0 a prompt has the same response alone and beside longer ones, EOS and PAD
-    among its tokens or not."""
+    among its tokens or not: the likeliest token of one forward per token, without padding, cache or engine."""
     near_zero = sampling(6, temperature=1e-4)
-    alone = [TransformersEngine(model).generate([prompt], near_zero).rows()[0] for prompt in PROMPTS]
-    together = TransformersEngine(model, batch_size=len(PROMPTS)).generate(PROMPTS, near_zero).rows()
-    assert together == alone
-    assert all(0 <= token < 40 for row in together for token in row)
+    expected = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + near_zero.max_tokens and (len(ids) == len(prompt) or ids[-1] != EOS):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    assert TransformersEngine(model, batch_size).generate(PROMPTS, near_zero).rows() == expected
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def test_broken_folders_are_named_in_one_line(damaged, file, content):
 
 def test_a_folder_that_does_not_exist(tmp_path):
     """Neither a folder nor a hub id."""
-    with pytest.raises(ArtifactError, match="start: cannot load .*nowhere"):
+    with pytest.raises(ArtifactError, match=r"start: cannot load .*nowhere"):
         open_policy(model_input(tmp_path / "nowhere"), "auto")
 
 

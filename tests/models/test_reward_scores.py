@@ -27,10 +27,10 @@ def test_normalised_scores_have_mean_0_and_std_1_on_the_same_samples(scorer):
 def test_normalising_twice_is_normalising_once_with_both(scorer):
     """((r - 3) / 2 - 1) / 4 on the head and the offset that are there already: worked numbers."""
     ids = probes(scorer.renderer, 1)
-    raw = float(score_sequences(scorer.model, ids, 0))
+    raw = float(score_sequences(scorer.model, ids, 0).detach())
     normalise(scorer.model, 3.0, 2.0)
     normalise(scorer.model, 1.0, 4.0)
-    assert float(score_sequences(scorer.model, ids, 0)) == pytest.approx(((raw - 3) / 2 - 1) / 4, abs=1e-5)
+    assert float(score_sequences(scorer.model, ids, 0).detach()) == pytest.approx(((raw - 3) / 2 - 1) / 4, abs=1e-5)
 
 
 def test_pad_id_cannot_change_a_score(scorer):

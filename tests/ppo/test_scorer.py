@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from align.context import Context
 from align.generation.engine import Samples
-from align.job import Input, Job
+from align.job import Job
 from align.models.load import critic_from_policy, critic_from_reward, load_tokenizer
 from align.models.opened import Opened, open_policy, open_reward
 from align.models.reward import score_sequences
 from align.training.logprobs import response_values
-from stages.ppo import run as ppo_run
-from stages.ppo.config import Config
 from stages.ppo.rollout import join
+from stages.ppo.run import new_critic
 from stages.ppo.scorer import RewardScorer
 from tests.ppo.conftest import REWARD_MEAN, REWARD_STD, Tiny
 
 QUESTION = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a cat?"}]
-NESTED = pytest.mark.xfail(reason="Renderer.without_control_text takes each control token out once", strict=True)
 
 
 @pytest.fixture
@@ -142,8 +138,8 @@ def test_text_that_merges_with_the_template_is_scored_too(text, policy, other_re
         ("[end]", ""),
         ("a <|pad|>dog", "a dog"),
         ("[us[end]er]a", "a"),
-        pytest.param("[e[user]nd]a", "a", marks=NESTED),
-        pytest.param("[[end]e[[user]user]nd]", "", marks=NESTED),
+        ("[e[user]nd]a", "a"),
+        ("[[end]e[[user]user]nd]", ""),
     ],
 )
 def test_generated_text_cannot_inject_turns(text, rest, policy, other_reward):
@@ -192,44 +188,28 @@ def test_critic_from_policy_is_zero_everywhere(tiny, policy):
     assert not head.any()
 
 
-@pytest.mark.parametrize(("slot", "used"), [("reward", "critic_from_reward"), ("other_reward", "critic_from_policy")])
-def test_which_critic_a_run_starts_with(slot, used, tiny, tmp_path, monkeypatch):
-    """The reward model's backbone serves as critic only if it reads the policy's own tokens."""
-
-    class Chosen(Exception):
-        pass
-
-    def chosen(name: str):
-        def choose(source: Input, *_):
-            raise Chosen(name, source.source)
-
-        return choose
-
-    for name in ("critic_from_reward", "critic_from_policy"):
-        monkeypatch.setattr(ppo_run, name, chosen(name))
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat?"}\n{"prompt": "a dog?"}\n', encoding="utf-8")
-    with pytest.raises(Chosen) as caught:
-        run_ppo(tiny, getattr(tiny, slot), tmp_path)
-    assert caught.value.args == (used, "reward" if used == "critic_from_reward" else "llama")
-
-
-def run_ppo(tiny: Tiny, reward: Input, directory: Path) -> None:
-    """Starts the stage as the worker does."""
-    job = Job(
-        stage="ppo",
-        kind="ppo",
-        version=1,
-        fingerprint="0" * 64,
-        seed=0,
-        directory=str(directory),
-        config={},
-        inputs={"policy": tiny.llama, "reference": tiny.llama, "reward": reward},
-        evaluation={},
-        track=[],
-        identity={},
-    )
-    config = Config.model_validate({"data": {"path": str(directory / "prompts.jsonl")}})
-    ppo_run.run(config, Context(job))
+def test_which_critic_a_run_starts_with(tiny, policy, reward, other_reward, tmp_path):
+    """The reward model serves as critic only if it reads the policy's own tokens; else the critic is 0 at first, on
+    the policy's backbone."""
+    ids = policy.renderer.prompt(QUESTION) + [policy.renderer.end_of_turn]
+    for source, opened in ((tiny.reward, reward), (tiny.other_reward, other_reward)):
+        job = Job(
+            stage="ppo",
+            kind="ppo",
+            version=1,
+            fingerprint="0" * 64,
+            seed=0,
+            directory=str(tmp_path),
+            config={},
+            inputs={"policy": tiny.llama, "reference": tiny.llama, "reward": source},
+            evaluation={},
+            track=[],
+            identity={},
+        )
+        scorer = RewardScorer(opened, policy, 1)
+        value = float(new_critic(Context(job), policy, scorer).eval()(input_ids=torch.tensor([ids])).logits[0, -1, 0])
+        expected = float(score_sequences(opened.model, [ids], 0)) if scorer.shares_tokenizer else 0.0
+        assert value == pytest.approx(expected, abs=2e-5)
 
 
 def test_load_tokenizer_gives_pad_its_own_id(tiny):
