@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
@@ -85,29 +84,6 @@ def new_reward(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.d
     head = model.score.weight
     torch.nn.init.normal_(head, std=(head.shape[1] + 1) ** -0.5)
     return model
-
-
-def critic_from_reward(reward: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
-    """A value model (token classification, one label, with a bias) whose output at a token is the reward model's
-    normalised score there: head and offset are taken from the reward model."""
-    critic = _new_critic(reward, tokenizer, dtype)
-    source = load_reward(reward, tokenizer, dtype)
-    with torch.no_grad():
-        critic.score.weight.copy_(source.score.weight)
-        critic.score.bias.fill_(getattr(source.config, OFFSET_FIELD, 0.0))
-    return critic
-
-
-def critic_from_policy(policy: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
-    """A value model on a policy's backbone, 0 everywhere at first: for a reward model with another tokenizer."""
-    critic = _new_critic(policy, tokenizer, dtype)
-    torch.nn.init.zeros_(critic.score.weight)
-    torch.nn.init.zeros_(critic.score.bias)
-    return critic
-
-
-def _new_critic(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
-    return _load(AutoModelForTokenClassification, source, tokenizer, dtype, new_head=True, num_labels=1)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -41,7 +41,8 @@ def newest_valid(checkpoints: Path) -> tuple[int, Path] | None:
     return None
 
 
-def keep_newest(checkpoints: Path, count: int) -> None:
-    """Removes all but the newest `count` checkpoints. Called once a new one is committed."""
-    for _, folder in _by_step(checkpoints)[:-count]:
+def keep_newest(checkpoints: Path, count: int, step: int) -> None:
+    """Removes all but the newest `count` checkpoints up to that of `step`, which was just committed. Later ones are
+    damaged, or resuming would have started from them: they do not count."""
+    for _, folder in [one for one in _by_step(checkpoints) if one[0] <= step][:-count]:
         remove_folder(folder)

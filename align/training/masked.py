@@ -23,14 +23,13 @@ def identity(sums: Tensor) -> Tensor:
 
 
 class Processes(NamedTuple):
-    """How many processes there are, and the sum and the maximum of a 1-D tensor over them."""
+    """The sum and the maximum of a 1-D tensor over all processes."""
 
-    count: int
     sum: Reduce
     max: Reduce
 
 
-ALONE = Processes(1, identity, identity)
+ALONE = Processes(identity, identity)
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:

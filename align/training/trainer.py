@@ -126,7 +126,7 @@ class CommittedTrainer(Trainer):
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
-        keep_newest(self.context.checkpoints, self.keep_checkpoints)
+        keep_newest(self.context.checkpoints, self.keep_checkpoints, step)
 
 
 class Reporter(TrainerCallback):

@@ -28,7 +28,7 @@ def save_checkpoint(context: Context, trainer: PPOTrainer, history: History, rol
             save_file(_optimiser_tensors(trainer.optimisers[name]), folder / f"{name}_optimiser.safetensors")
         state = {"rollouts": rollouts, "num_steps": trainer.num_steps, "history": asdict(history)}
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
-    keep_newest(context.checkpoints, keep)
+    keep_newest(context.checkpoints, keep, rollouts)
 
 
 def load_checkpoint(context: Context, trainer: PPOTrainer) -> tuple[int, History]:

@@ -16,8 +16,8 @@ from align.generation.engine import RolloutEngine
 from align.generation.transformers_engine import TransformersEngine
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
-from align.models.load import critic_from_policy, critic_from_reward
 from align.models.opened import Opened, commit_policy, open_policy, open_reward
+from align.models.value import ValueModel, critic_from_policy, critic_from_reward
 from align.recipe.settings import EvaluationSettings, Role
 from align.training.masked import Processes
 from align.training.rows import load_rows
@@ -43,6 +43,7 @@ def run(config: Config, context: Context) -> StageResult:
     prompts = held_out_prompts(evaluation, dataset.held_out, dataset.train)
 
     scorer = RewardScorer(reward, policy, config.rollout.micro_batch_size)
+    scorer.check_prompts([question.messages for question in questions])
     critic = new_critic(context, policy, scorer)
     for model in (policy.model, reference.model, reward.model, critic):
         model.to(accelerator.device)
@@ -79,7 +80,7 @@ def new_accelerator(context: Context) -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers or None, project_config=folders)
 
 
-def new_critic(context: Context, policy: Opened, scorer: RewardScorer) -> Any:
+def new_critic(context: Context, policy: Opened, scorer: RewardScorer) -> ValueModel:
     """The critic starts from the reward model; from the policy when the two do not share a tokenizer."""
     if scorer.shares_tokenizer:
         return critic_from_reward(context.input("reward"), policy.tokenizer, torch.float32)
@@ -118,7 +119,6 @@ def training_questions(policy: Opened, prompts: list, config: Config) -> tuple[l
 def all_processes(accelerator: Accelerator) -> Processes:
     """Sums and maxima over the processes of an accelerator."""
     return Processes(
-        accelerator.num_processes,
         sum=lambda tensor: accelerator.reduce(tensor, "sum"),  # type: ignore[return-value]
         max=lambda tensor: accelerator.gather(tensor).max()[None],  # type: ignore[union-attr]
     )

@@ -26,6 +26,12 @@ class RewardScorer:
         self.shares_tokenizer = ours == theirs
         reward.model.eval().requires_grad_(False)
 
+    def check_prompts(self, prompts: Sequence[Sequence[Message]]) -> None:
+        """Raises DataError now, not in the middle of a run, for a prompt the reward model's template cannot render."""
+        if not self.shares_tokenizer:
+            for messages in prompts:
+                self.reward.renderer.prompt(messages)
+
     @torch.no_grad()
     def __call__(
         self, prompts: Sequence[Sequence[Message]], prompt_ids: Sequence[list[int]], samples: Samples

@@ -107,7 +107,7 @@ class PPOTrainer:
         for epoch in range(config.epochs):
             generator = torch.Generator().manual_seed(self.seed + 100_003 * (index * config.epochs + epoch))
             order = torch.randperm(rows, generator=generator)
-            for number, minibatch in enumerate(order.chunk(config.minibatches)):
+            for number, minibatch in enumerate(order.tensor_split(config.minibatches)):
                 stats = self._step(rollout, minibatch, train_actor, is_first=epoch == number == 0)
                 for name, value in stats.items():
                     totals[name] = max(totals[name], value) if name.endswith("_max") else totals[name] + value
@@ -147,8 +147,6 @@ class PPOTrainer:
             tensor[index, : batch.width]
             for tensor in (rollout.logp_old, rollout.advantages, rollout.values, rollout.returns)
         )
-        # Distributed data parallel averages gradients over processes; the sum over all of them is wanted.
-        scale = self.processes.count / weight
         stats: dict[str, Tensor] = {}
         if train_actor:
             with self._autocast():
@@ -160,11 +158,11 @@ class PPOTrainer:
             objective = policy_sum
             if entropy is not None:
                 objective = policy_sum - config.entropy_coef * masked_sum(entropy, mask)
-            (objective * scale).backward()
+            (objective / weight).backward()
         with self._autocast():
             values = response_values(self.critic, *arguments)
         value_sum, value_stats = value_loss(values, old_values, returns, mask, config.clip.value)
-        (value_sum * scale).backward()
+        (value_sum / weight).backward()
         return {**stats, "value_loss": value_sum.detach(), "value_clipfrac": value_stats["clipfrac"]}
 
     def _average(self, name: str, value: Tensor, weight: float) -> float:

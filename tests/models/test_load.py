@@ -12,8 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from align.errors import ArtifactError
 from align.models.load import (
-    critic_from_policy,
-    critic_from_reward,
     disable_dropout,
     load_policy,
     load_tokenizer,
@@ -21,6 +19,7 @@ from align.models.load import (
 )
 from align.models.opened import open_as_reward, open_policy, open_reward
 from align.models.reward import score_sequences
+from align.models.value import critic_from_policy, critic_from_reward
 from tests.models.tiny import CONFIG, model_input, new_opened, new_tokenizer, probes
 
 FP32 = torch.float32

@@ -19,8 +19,8 @@ from align.errors import ArtifactError, Interrupted, NumericError
 from align.generation.engine import Samples, Sampling
 from align.generation.transformers_engine import TransformersEngine
 from align.job import Job
-from align.models.load import critic_from_reward
 from align.models.opened import open_policy, open_reward
+from align.models.value import critic_from_reward
 from align.recipe.settings import CheckpointSettings, OptimSettings
 from align.training.checkpoints import checkpoint_folder
 from stages.ppo.checkpoint import load_checkpoint

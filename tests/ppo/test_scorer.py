@@ -8,9 +8,10 @@ import torch
 from align.context import Context
 from align.generation.engine import Samples
 from align.job import Job
-from align.models.load import critic_from_policy, critic_from_reward, load_tokenizer
+from align.models.load import load_tokenizer
 from align.models.opened import Opened, open_policy, open_reward
 from align.models.reward import score_sequences
+from align.models.value import critic_from_policy, critic_from_reward
 from align.training.logprobs import response_values
 from stages.ppo.rollout import join
 from stages.ppo.run import new_critic
@@ -188,10 +189,11 @@ def test_critic_from_policy_is_zero_everywhere(tiny, policy):
     assert not head.any()
 
 
+@torch.no_grad()
 def test_which_critic_a_run_starts_with(tiny, policy, reward, other_reward, tmp_path):
     """The reward model serves as critic only if it reads the policy's own tokens; else the critic is 0 at first, on
     the policy's backbone."""
-    ids = policy.renderer.prompt(QUESTION) + [policy.renderer.end_of_turn]
+    ids = [*policy.renderer.prompt(QUESTION), policy.renderer.end_of_turn]
     for source, opened in ((tiny.reward, reward), (tiny.other_reward, other_reward)):
         job = Job(
             stage="ppo",

@@ -11,7 +11,8 @@ from align.data.render import Renderer
 from align.errors import NumericError
 from align.generation.engine import Samples
 from align.job import Input
-from align.models.load import critic_from_reward, load_policy, load_tokenizer
+from align.models.load import load_policy, load_tokenizer
+from align.models.value import critic_from_reward
 from align.recipe.settings import OptimSettings
 from stages.ppo.alarms import check_starts_at_reference
 from stages.ppo.config import Config, CriticSettings, RolloutSettings

@@ -16,9 +16,9 @@ from align.evaluation.likelihood import response_logprob_sums
 from align.evaluation.policy import evaluate_policy
 from align.generation.transformers_engine import TransformersEngine
 from align.models.handover import BOUNDS, probe_values
-from align.models.load import critic_from_reward
 from align.models.opened import open_policy, open_reward
 from align.models.reward import score_sequences
+from align.models.value import critic_from_reward
 from align.recipe.settings import EvaluationSettings, Role
 from align.records import read_manifest
 from tests.models.tiny import probes

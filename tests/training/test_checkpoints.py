@@ -46,11 +46,19 @@ def test_damaged_newest_is_passed_over(tmp_path, fault):
     assert "step-4" in str(caught.value) and "step-8" in str(caught.value)
 
 
+def test_keep_newest_counts_only_up_to_the_step_just_committed(tmp_path):
+    """After falling back from a damaged step 20 to 10, the checkpoint of 12 is kept and the damaged one left alone."""
+    for step in (10, 12, 20):
+        commit(tmp_path, step)
+    keep_newest(tmp_path, 1, step=12)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-12", "step-20"]
+
+
 def test_keep_newest(tmp_path):
     """The oldest go, completely."""
     for step in (2, 4, 10):
         commit(tmp_path, step)
-    keep_newest(tmp_path, 2)
+    keep_newest(tmp_path, 2, step=10)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-10", "step-4"]
 
 
