@@ -16,7 +16,7 @@ from align.models.load import OFFSET_FIELD, load_policy, load_reward
 class ValueModel(nn.Module):
     """V(s) read at every token: a transformer backbone and a linear head with a bias.
 
-    The head works in its own dtype, float32: values are regressed to targets whose differences are smaller than a bfloat16 step.
+    The head works in its own dtype, float32: values are regressed to targets that differ by less than a bfloat16 step.
     """
 
     def __init__(self, backbone: Any, width: int):

@@ -41,10 +41,12 @@ def description(path: Path) -> str:
 def find_recipe(explicit: Path | None, *, model: str | None = None) -> tuple[Path | None, str]:
     """The recipe a command means, and how it was found, to be told to the user.
 
-    The one named; else align.yaml in the current folder; else, when a model is given, none at all: every
+    The one named, a path or the name of a shipped one; else align.yaml in the current folder; else, when a model is given, none at all: every
     setting has its default; else the demo.
     """
     if explicit is not None:
+        if not explicit.exists() and str(explicit) in shipped_recipes():
+            return shipped_recipe(str(explicit)), "comes with align"
         return explicit, "named on the command line"
     here = Path(HERE)
     if here.is_file():

@@ -46,6 +46,7 @@ def shipped(tmp_path, monkeypatch) -> Path:
 def test_find_recipe_in_order(shipped):
     named = Path("some/where.yaml")
     assert find_recipe(named) == (named, "named on the command line")
+    assert find_recipe(Path("demo")) == (shipped / "demo.yaml", "comes with align")
     path, how = find_recipe(None)
     assert path == shipped / "demo.yaml" and "demo" in how
     assert find_recipe(None, model="m")[0] is None

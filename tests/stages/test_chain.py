@@ -177,3 +177,13 @@ def test_dpo_rows_reach_the_loss_as_the_renderer_made_them(new_run, base, tmp_pa
             opened.renderer.pad_id,
         )
         assert run.metrics()[0][f"logps/{side}"] == pytest.approx(sum(sums) / len(sums), rel=1e-4)
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("sigmoid", 0.693147), ("hinge", 1.0), ("ipo", 25.0)])
+def test_dpo_losses_at_the_start(loss, expected, finished, new_run, tmp_path):
+    """G: with policy equal to reference the log-ratio h is 0, so -log sigmoid(0) = ln 2, max(0, 1 - 0) = 1, and
+    (0 - 1/(2 beta))^2 = 1 / (4 * 0.1^2) = 25."""
+    sft, _ = finished("sft", lora=False)
+    dpo = new_run("dpo", tmp_path, **TINY_STEP, loss=loss, beta=0.1).at(tmp_path, policy=sft.output())
+    dpo()
+    assert dpo.metrics()[0]["loss"] == pytest.approx(expected, rel=1e-5)
