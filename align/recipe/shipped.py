@@ -41,8 +41,8 @@ def description(path: Path) -> str:
 def find_recipe(explicit: Path | None, *, model: str | None = None) -> tuple[Path | None, str]:
     """The recipe a command means, and how it was found, to be told to the user.
 
-    The one named, a path or the name of a shipped one; else align.yaml in the current folder; else, when a model is given, none at all: every
-    setting has its default; else the demo.
+    The one named, by its path or as one that is shipped; else align.yaml in the current folder; else, when a model
+    is given, none at all: every setting has its default; else the demo.
     """
     if explicit is not None:
         if not explicit.exists() and str(explicit) in shipped_recipes():
