@@ -12,10 +12,10 @@ HERE = "align.yaml"
 
 
 def shipped_folder() -> Path:
-    """The folder of shipped recipes: inside the installed package, or `configs/` of a source tree."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "_shipped" / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
+    """The folder of shipped recipes: beside the installed package, or `configs/` of a source tree."""
+    root = Path(__file__).resolve().parents[2]
+    installed = root / "align_shipped" / "configs"
+    return installed if installed.is_dir() else root / "configs"
 
 
 def shipped_recipes() -> dict[str, Path]:
