@@ -38,7 +38,9 @@ def test_every_command_exists() -> None:
     """Each `align VERB` of an indented example is a command."""
     verbs = set(re.findall(r"^    (?:\$ )?align (\w+)", README, re.MULTILINE))
     assert {"run", "plan", "show", "lineage", "init", "env"} <= verbs
-    assert verbs <= {(command.name or command.callback.__name__) for command in app.registered_commands if command.callback}
+    assert verbs <= {
+        (command.name or command.callback.__name__) for command in app.registered_commands if command.callback
+    }
 
 
 def test_every_link_leads_somewhere() -> None:
