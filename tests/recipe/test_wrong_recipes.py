@@ -32,6 +32,6 @@ def test_message(recipe, command, expected, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         main()
     said = capsys.readouterr().err
-    assert said.replace(str(tmp_path), "/work") == expected
+    assert said.replace(str(tmp_path), "/home/me") == expected
     assert exit_.value.code == 2
     assert "abc" not in re.sub(r"^wandb_api_key.*", "", said)
