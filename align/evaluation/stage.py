@@ -9,6 +9,7 @@ from align.context import Context
 from align.data.load import load
 from align.data.render import Renderer
 from align.data.rows import Prompt
+from align.data.split import prompt_key
 from align.errors import DataError, Problem
 from align.evaluation.policy import RewardScorer, evaluate_policy
 from align.generation.transformers_engine import TransformersEngine
@@ -29,8 +30,9 @@ def held_out_prompts(
     if settings.data is None:
         return own
     dataset = load(settings.data.model_copy(update={"held_out": 0.0}), Role.PROMPTS)
-    seen = {str(prompt.messages): prompt.source for prompt in training}
-    leaks = [(prompt.source, seen[str(prompt.messages)]) for prompt in dataset.train if str(prompt.messages) in seen]
+    seen = {prompt_key(prompt.messages): prompt.source for prompt in training}
+    keyed = [(prompt.source, prompt_key(prompt.messages)) for prompt in dataset.train]
+    leaks = [(source, seen[key]) for source, key in keyed if key in seen]
     if leaks:
         raise DataError(
             [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from datasets import Dataset as RowDataset
@@ -37,10 +38,7 @@ def run(config: Config, context: Context) -> StageResult:
     dataset = load_rows(config.data, Role.PREFERENCES, context)
     opened = open_policy(context.input("policy"), config.data.template)
     reference = open_policy(context.input("policy"), config.data.template).model
-
-    def convert(row):  # one conversion for both splits
-        return preference_row(opened.renderer, row)
-
+    convert = partial(preference_row, opened.renderer)
     train, too_long = token_rows(dataset.train, convert, config, context.job.stage)
     held_out, _ = token_rows(dataset.held_out, convert, config, context.job.stage)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)

@@ -9,6 +9,7 @@ Hugging Face model; actor and reference give logits (B,L,V), the critic (B,L,1).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -184,7 +185,7 @@ class PPOTrainer:
 
     def _refuse_non_finite(self, norms: dict[str, float]) -> None:
         for name, norm in norms.items():
-            if not torch.isfinite(torch.tensor(norm)):
+            if not math.isfinite(norm):
                 raise NumericError(
                     f"ppo: the {name}'s gradient norm is {norm} at optimiser step {self.num_steps + 1}; nothing was "
                     "updated with it. Lower the learning rate, or look for non-finite scores in samples.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from align.context import Context
+from align.data.rows import Prompt
 from align.errors import NumericError
 from align.evaluation.reward import pair_metrics
+from align.evaluation.stage import held_out_prompts
 from align.generation.engine import Sampling
 from align.generation.transformers_engine import TransformersEngine
 from align.job import StageResult
@@ -21,7 +24,7 @@ from align.models.load import HIGHEST_FIELD
 from align.models.lora import add_lora, trainable_parameters, without_wrapper
 from align.models.opened import Opened, commit_reward, open_as_reward, open_policy
 from align.models.reward import normalise, score_sequences
-from align.recipe.settings import Role
+from align.recipe.settings import EvaluationSettings, Role
 from align.training.rows import TokenRow, load_rows, preference_row, token_rows
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
 from stages.reward.config import Config
@@ -41,12 +44,12 @@ def run(config: Config, context: Context) -> StageResult:
     assert config.data is not None
     dataset = load_rows(config.data, Role.PREFERENCES, context)
     opened = open_as_reward(context.input("policy"), config.data.template)
-
-    def convert(row):  # one conversion for both splits
-        return preference_row(opened.renderer, row)
-
+    convert = partial(preference_row, opened.renderer)
     train, too_long = token_rows(dataset.train, convert, config, context.job.stage)
     held_out, _ = token_rows(dataset.held_out, convert, config, context.job.stage)
+    evaluation = EvaluationSettings.model_validate(context.job.evaluation)
+    # Raises if one of them is a prompt that policies will be measured on.
+    held_out_prompts(evaluation, (), [Prompt(row.prompt, row.source) for row in dataset.train])
 
     model = add_lora(opened.model, config.lora, is_reward=True) if config.lora else opened.model
     arguments = trainer_arguments(config, context, config.optim, len(train))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from datasets import Dataset as RowDataset
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
@@ -30,10 +32,7 @@ def run(config: Config, context: Context) -> StageResult:
     assert config.data is not None
     dataset = load_rows(config.data, Role.DEMONSTRATIONS, context)
     opened = open_policy(context.input("policy"), config.data.template)
-
-    def convert(row):  # one conversion for both splits
-        return demonstration_row(opened.renderer, row)
-
+    convert = partial(demonstration_row, opened.renderer)
     train, too_long = token_rows(dataset.train, convert, config, context.job.stage)
     held_out, _ = token_rows(dataset.held_out, convert, config, context.job.stage)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)

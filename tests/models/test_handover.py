@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align.errors import ArtifactError
-from align.models.handover import BOUNDS, PROBES_FILE, probe_values, verify_saved
+from align.models.handover import BOUNDS, PROBES_FILE, probe_values, verify_loaded, verify_saved
 from align.models.lora import add_lora, merged, trainable_parameters, without_wrapper
 from align.models.opened import commit_policy, commit_reward, open_as_reward, open_policy, open_reward
 from align.models.reward import normalise, score_sequences
@@ -243,7 +243,8 @@ def test_a_nan_never_passes_the_check(damaged):
 def test_models_that_align_did_not_make_carry_no_probes(damaged):
     """They load without the check."""
     (damaged / PROBES_FILE).unlink()
-    open_policy(model_input(damaged), "auto")
+    opened = open_policy(model_input(damaged), "auto")
+    assert verify_loaded(opened.model, str(damaged), opened.tokenizer, opened.renderer, "damaged") is None
 
 
 def test_the_bound_is_small_beside_what_training_changes(policy):

@@ -53,6 +53,7 @@ class Run:
     policy: Input
     settings: dict[str, Any]
     seed: int = 0
+    evaluation_data: str | None = None
 
     def config(self) -> TrainingSettings:
         return importlib.import_module(f"stages.{self.kind}.config").Config.model_validate(self.settings)
@@ -68,7 +69,7 @@ class Run:
             directory=str(self.directory),
             config=self.settings,
             inputs={"policy": self.policy},
-            evaluation={"prompts": 4, "max_response_tokens": 6},
+            evaluation={"prompts": 4, "max_response_tokens": 6, "data": self.evaluation_data},
             track=[],
             identity={},
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.data.load import load
 from align.data.rows import Prompt
+from align.errors import DataError
 from align.evaluation.likelihood import response_logprob_sums
 from align.evaluation.policy import evaluate_policy
 from align.generation.transformers_engine import TransformersEngine
@@ -187,3 +189,14 @@ def test_dpo_losses_at_the_start(loss, expected, finished, new_run, tmp_path):
     dpo = new_run("dpo", tmp_path, **TINY_STEP, loss=loss, beta=0.1).at(tmp_path, policy=sft.output())
     dpo()
     assert dpo.metrics()[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+def test_no_stage_trains_on_a_prompt_that_policies_are_measured_on(kind, new_run, tmp_path):
+    """Also when it is written with other space around it; the message names both places."""
+    run = new_run(kind, tmp_path, **TINY_STEP)
+    train = load(run.config().data, Role.PROMPTS).train
+    measured = tmp_path / "measured.jsonl"
+    measured.write_text(json.dumps({"prompt": train[0].messages[0]["content"] + " "}) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"measured.jsonl:1: this evaluation prompt is also trained on, at .*jsonl:\d+"):
+        replace(run, evaluation_data=str(measured))()
