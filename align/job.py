@@ -17,6 +17,10 @@ class Input:
     """Name of the stage that made it, or the hub id or folder given by the user."""
     revision: str | None = None
     trust_remote_code: bool = False
+    adapter_of: str | None = None
+    """Fingerprint of the model that `adapter/` in the folder was trained on; None when all weights were trained."""
+    quantise: str | None = None
+    """How that model's weights were held while the adapter was trained; None: in full."""
 
 
 @dataclass(frozen=True)

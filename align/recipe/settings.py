@@ -27,10 +27,25 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
 
+    def sources(self, slot: str) -> dict[str, str | None]:
+        """Inputs of a slot by name, and what the recipe says each comes from. A slot is one input of its own name,
+        unless a stage takes several (PPO's reward)."""
+        return {slot: getattr(self, slot, None)}
+
 
 def execution(default: Any, **constraints: Any) -> Any:
     """A field that cannot change the result: left out of the fingerprint."""
     return Field(default, json_schema_extra={"execution": True}, **constraints)
+
+
+def source(default: Any = None) -> Any:
+    """A field that names a model: what identifies it in the fingerprint is the model, not the name."""
+    return Field(default, json_schema_extra={"source": True})
+
+
+def function(default: Any = None) -> Any:
+    """A field that names a Python function, `module:function`: the fingerprint holds the hash of its source."""
+    return Field(default, json_schema_extra={"function": True})
 
 
 def shorthand(key: str) -> BeforeValidator:
@@ -151,6 +166,10 @@ class LoraSettings(Settings):
     target_modules: str | list[str] = "all-linear"
     """Which linear layers get an adapter."""
 
+    quantise: Literal["nf4"] | None = None
+    """nf4: the frozen base is held in 4 bits (QLoRA, Dettmers et al. 2023; needs bitsandbytes). The saved model is what
+    was trained: the base as its 4 bits decode, plus the adapter."""
+
 
 class CheckpointSettings(Settings):
     """Checkpoints inside a stage, from which an interrupted stage resumes."""
@@ -165,7 +184,7 @@ class CheckpointSettings(Settings):
 class EvaluationSettings(Settings):
     """How policies are measured at the end of their stage, on held-out prompts."""
 
-    gold: str | None = None
+    gold: str | None = function()
     """`module:function` of a gold scorer `(prompts, responses) -> list of floats in 0..1` that no stage
     trains on."""
 

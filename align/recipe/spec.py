@@ -44,5 +44,10 @@ class StageSpec:
     run: str
     data: Role | None
     inputs: Mapping[str, Slot] = field(default_factory=dict)
+    more_data: Mapping[str, Role] = field(default_factory=dict)
+    """Further data, by the dotted path of its setting: checked before the run and part of the fingerprint."""
+    memory: str | None = None
+    """`module:function`, torch-free, `(config, inputs by name) -> list[str]`: which models the stage holds in
+    memory."""
     trainer_config: str | None = None
     """`package.module:Class` of the TRL config that `trainer_args` is checked against, unimported."""

@@ -1,20 +1,62 @@
-"""Settings of `ppo`: proximal policy optimisation from a reward model. Torch-free."""
+"""Settings of `ppo`, `rloo` and `grpo`: one loop, several estimators of the advantage. Torch-free."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from align.recipe.settings import CheckpointSettings, Data, Fraction, OptimSettings, Role, Settings, execution
+from align.recipe.settings import (
+    CheckpointSettings,
+    Data,
+    Fraction,
+    LoraSettings,
+    OptimSettings,
+    Role,
+    Settings,
+    execution,
+    source,
+)
 from align.recipe.spec import Kind, Slot, StageSpec
+from align.rewards.settings import DEFAULT_TERM, RewardTerm, reward_terms
+
+NonNegative = Annotated[float, Field(ge=0)]
+WITH_CRITIC = "gae"
+
+
+def refuse_estimators(value: Any) -> Any:
+    """Raises ValueError, with the reason, for an estimator that is used elsewhere and has another optimum."""
+    if value == "k3":
+        raise ValueError(
+            "k3 is not on offer: in the reward its gradient is not that of the KL (on the test problem it ends at a "
+            "total variation of 0.42 from the optimum, k1 at 0), as a loss it is that of KL(ref || pi)"
+        )
+    if value in {"abs", "mse"}:
+        raise ValueError(f"{value} is not on offer: in the reward its gradient is not that of the KL; k1 is signed")
+    return value
 
 
 class KLSettings(Settings):
-    """The penalty that keeps the policy near the reference: r_t = -coef * (log pi - log ref), the k1 estimator."""
+    """What keeps the policy near the reference."""
 
-    coef: Annotated[float, Field(ge=0)] = 0.05
-    """Weight of the per-token log-ratio in the reward. Only this form has the KL-regularised optimum as fixed point."""
+    coef: NonNegative = 0.05
+    """Weight beta of the KL."""
+
+    estimator: Annotated[Literal["k1", "k2"], BeforeValidator(refuse_estimators)] = "k1"
+    """k1: in the reward, r_t = -coef * (log pi - log ref). k2: as a loss, + coef * (log pi - log ref)^2 / 2 on each
+    token, with the ratio as correction: a variant. Its gradient is that of the KL of each token alone, so on long
+    responses its optimum is another one."""
+
+    target: PositiveFloat | None = None
+    """Adaptive coefficient (Ziegler et al. 2019): moved so that the KL per response comes to this many nats. None:
+    fixed."""
+
+    horizon: PositiveInt = 10_000
+    """Episodes over which the adaptive coefficient moves."""
+
+    budget: PositiveFloat | None = None
+    """The stage ends, complete, with the first rollout whose KL per response is above this many nats, before that
+    rollout is learned from. None: no limit."""
 
 
 class ClipSettings(Settings):
@@ -23,18 +65,40 @@ class ClipSettings(Settings):
     policy: PositiveFloat = 0.2
     """The probability ratio is clipped to [1 - policy, 1 + policy]."""
 
+    policy_high: PositiveFloat | None = None
+    """Another upper bound, 1 + policy_high: 0.28 leaves more room for unlikely tokens (Yu et al. 2025). None: `policy`."""
+
+    dual: Annotated[float, Field(gt=1)] | None = None
+    """Bounds the loss of a token with a negative advantage by -dual * A (Ye et al. 2020), 3 is usual. None: no bound."""
+
     value: PositiveFloat | None = 0.2
     """The new value may differ from the old by this much. None: no clipping. Assumes a normalised reward."""
 
+    approxkl: PositiveFloat | None = None
+    """No further updates from a rollout once an update finds the policy this far (approximate KL per token) from the
+    one that sampled it. None: all epochs."""
+
 
 class MissingEosSettings(Settings):
-    """What the score of a response that did not end is."""
+    """What becomes of a response that did not end."""
 
-    rule: Literal["replace", "subtract", "off"] = "replace"
-    """replace: the score becomes `value`. subtract: the score is lowered by -`value`. off: the reward model's score."""
+    rule: Literal["replace", "subtract", "off", "bootstrap", "mask"] = "replace"
+    """replace: its score becomes `value`. subtract: its score is lowered by -`value`. off: the reward's own score.
+    bootstrap: it has no score, and goes on with the critic's value of where it was cut. mask: nothing is learned from
+    it."""
 
     value: Annotated[float, Field(le=0)] = -1.0
     """-1 is one standard deviation below the average response, for a normalised reward model."""
+
+
+class OverlongSettings(Settings):
+    """A penalty that grows linearly over the last tokens before the cap (Yu et al. 2025, soft overlong punishment)."""
+
+    buffer: PositiveInt
+    """Tokens before rollout.max_response_tokens over which the penalty grows from 0 to `penalty`."""
+
+    penalty: NonNegative = 1.0
+    """What a response at the cap loses."""
 
 
 class RolloutSettings(Settings):
@@ -44,7 +108,10 @@ class RolloutSettings(Settings):
     """What generates. auto picks the fastest one installed and says which."""
 
     prompts: PositiveInt = 512
-    """Prompts per rollout, over all processes; one response each."""
+    """Prompts per rollout, over all processes."""
+
+    responses_per_prompt: PositiveInt = 1
+    """Responses to each of them. rloo and grpo compare the responses to one prompt and need at least 2."""
 
     max_response_tokens: PositiveInt = 256
     """A response that has not ended by then is cut and counts as unfinished."""
@@ -53,34 +120,66 @@ class RolloutSettings(Settings):
     """Sampling temperature; the log-probabilities of policy and reference are taken at the same temperature."""
 
     micro_batch_size: PositiveInt = execution(64)
-    """Prompts sampled and scored at a time; a matter of memory."""
+    """Responses sampled and scored at a time; a matter of memory."""
 
 
 class CriticSettings(Settings):
-    """The value model. It starts from the reward model with its normalisation folded into the head."""
+    """The value model of `estimator: gae`. It starts from the reward model with its normalisation folded into the
+    head; at 0 where there is none, or one that it cannot start from."""
+
+    kind: Literal["auto", "separate", "adapter", "shared-head"] = "auto"
+    """separate: a model of its own. adapter: an adapter and a head on the actor's frozen base. shared-head: a head on
+    the actor's own hidden states. auto: adapter with `lora`, else separate."""
 
     optim: OptimSettings = OptimSettings(lr=9e-6, eps=1e-5)
     """The critic has its own optimiser; three times the actor's learning rate is a good start."""
 
-    warmup_rollouts: Annotated[int, Field(ge=0)] = 0
-    """Rollouts on which only the critic is trained."""
+    warmup_rollouts: Annotated[int, Field(ge=0)] | None = None
+    """Rollouts on which only the critic is trained. None: 0 when it starts from a reward model, else 20, at most a
+    tenth of the stage."""
+
+    coef: PositiveFloat = 0.1
+    """Weight of the value loss in the trunk that a shared head shares with the actor; the others share nothing."""
+
+
+class PtxSettings(Settings):
+    """Likelihood of demonstrations mixed into every optimiser step (Ouyang et al. 2022, PPO-ptx)."""
+
+    data: Data
+    """Demonstrations."""
+
+    coef: PositiveFloat = 1.0
+    """Weight of the mean negative log-likelihood per response token. The policy loss is a mean per token too; the
+    published 27.8 multiplies another normaliser."""
+
+    batch_size: PositiveInt = 64
+    """Rows per optimiser step, over all processes."""
+
+    max_length: PositiveInt = 1024
+    """Longer rows are left out and counted, never cut."""
 
 
 class Config(Settings):
-    """PPO with a separate critic (Ziegler et al. 2019, Stiennon et al. 2020), our own trainer. docs/ppo.md has the
-    equations and says where we differ."""
+    """PPO (Ziegler et al. 2019, Stiennon et al. 2020), our own trainer. docs/ppo.md has the equations and says where
+    we differ."""
 
     kind: Literal["ppo"] = "ppo"
     """Stage kind."""
 
-    policy: str | None = None
+    estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
+    """How an action's advantage is estimated. gae: with a critic. rloo: against the mean of the other responses to the
+    prompt (Ahmadian et al. 2024). grpo: against the mean of all of them, over their standard deviation (Shao et al.
+    2024). reinforce++: reward to go, whitened (Hu 2025). Only gae holds a critic in memory."""
+
+    policy: str | None = source()
     """What is trained. None: `sft`, else `base`, else the recipe's `model`."""
 
-    reference: str | None = None
+    reference: str | None = source()
     """What the KL is measured to; frozen. None: the policy this stage starts from."""
 
-    reward: str | None = None
-    """The reward model: a stage, a local folder or a hub id. None: the `reward` stage."""
+    reward: Annotated[dict[str, RewardTerm], BeforeValidator(reward_terms)] = {DEFAULT_TERM: RewardTerm()}
+    """What is maximised: a reward model (a stage, a local folder or a hub id), a list of them (an ensemble), or named
+    terms that are added up. None: the `reward` stage."""
 
     data: Data | None = None
     """Prompts; the responses of demonstrations and preferences are ignored. None: the recipe's `data`."""
@@ -101,14 +200,32 @@ class Config(Settings):
     """Sequences per forward and backward pass. Gradients are summed and divided once by the tokens of the whole step,
     so this changes memory, not the result."""
 
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens per forward and backward pass at most, padding included; sequences of similar length are put together.
+    None: only `micro_batch_size` counts."""
+
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount. Below 1 short answers are preferred."""
 
     lam: Fraction = 0.95
     """GAE's lambda (Schulman et al. 2015). 1 for answers over a thousand tokens."""
 
+    lam_value: Fraction | None = None
+    """Another lambda for the critic's targets (decoupled GAE, Yuan et al. 2025); 1 for long answers. None: `lam`."""
+
+    lam_length: PositiveFloat | None = None
+    """Length-adaptive lambda 1 - 1/(lam_length * tokens) for the policy (Yue et al. 2025), 0.05 is usual; `lam` is then
+    the critic's. None: `lam` for all."""
+
     whiten_advantages: bool = True
     """Advantages get mean 0 and standard deviation 1 over all valid tokens of the rollout."""
+
+    divide_by_std: bool = True
+    """grpo: divide by the standard deviation of the prompt's scores. False is Dr. GRPO (Liu et al. 2025)."""
+
+    normaliser: Literal["tokens", "constant"] = "tokens"
+    """What a step's sum over tokens is divided by. tokens: their number. constant: responses times
+    rollout.max_response_tokens (Dr. GRPO), so that a long response counts for more."""
 
     kl: KLSettings = KLSettings()
     """KL penalty."""
@@ -119,11 +236,28 @@ class Config(Settings):
     missing_eos: MissingEosSettings = MissingEosSettings()
     """Unfinished responses."""
 
-    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    overlong: OverlongSettings | None = None
+    """Penalty on responses close to the cap. None: none."""
+
+    score_clip: PositiveFloat | None = None
+    """Scores are clipped to +- this. It moves the optimum; None: not clipped."""
+
+    entropy_coef: NonNegative = 0.0
     """Weight of an entropy bonus."""
 
+    ptx: PtxSettings | None = None
+    """Demonstrations mixed in. None: none."""
+
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The stage's artifact is the exponential moving average of the trained weights, over rollouts, with this decay
+    (0.992 in Ouyang et al. 2022). None: the last weights."""
+
+    lora: LoraSettings | None = None
+    """Train an adapter instead of all weights: one frozen base then serves actor, critic, reference, and every reward
+    model that was trained as an adapter on it."""
+
     optim: OptimSettings = OptimSettings(lr=3e-6, eps=1e-5)
-    """The actor's optimiser; its schedule is stepped once per rollout."""
+    """The actor's optimiser; its schedule is stepped once per rollout. With `lora`, ten times the rate is usual."""
 
     critic: CriticSettings = CriticSettings()
     """The critic and its optimiser."""
@@ -134,8 +268,14 @@ class Config(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where a GPU supports it, else float32. Log-probabilities are always float32."""
 
+    fp32_lm_head: bool = False
+    """Compute logits in float32 in a bfloat16 run: closer log-probabilities for a slower head."""
+
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+
+    offload: list[Literal["reference", "reward"]] = execution([])
+    """Frozen models that wait in CPU memory and are moved to the GPU for their pass only."""
 
     checkpoint: CheckpointSettings = CheckpointSettings()
     """Checkpoints, counted in rollouts."""
@@ -146,26 +286,114 @@ class Config(Settings):
     seed: int | None = None
     """None: the recipe's seed."""
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether values are estimated at all."""
+        return self.estimator == WITH_CRITIC
+
+    @property
+    def responses(self) -> int:
+        """Responses per rollout, over all processes."""
+        return self.rollout.prompts * self.rollout.responses_per_prompt
+
+    def sources(self, slot: str) -> dict[str, str | None]:
+        """What each input of a slot is called and where the recipe takes it from; see `Settings.sources`."""
+        if slot != "reward":
+            return super().sources(slot)
+        return {key: name for term, settings in self.reward.items() for key, name in settings.inputs(term).items()}
+
     @model_validator(mode="after")
-    def _divides(self) -> Config:
-        if self.rollout.prompts % self.minibatches:
-            raise ValueError(
-                f"rollout.prompts {self.rollout.prompts} is not a multiple of minibatches {self.minibatches}"
-            )
+    def _fits_together(self) -> Config:
+        problems = [*self._estimator_problems(), *self._reward_problems()]
+        if self.responses % self.minibatches:
+            problems.append(f"{self.responses} responses per rollout are not a multiple of minibatches {self.minibatches}")
+        if self.overlong is not None and self.overlong.buffer > self.rollout.max_response_tokens:
+            problems.append("overlong.buffer is longer than rollout.max_response_tokens")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
+    def _estimator_problems(self) -> list[str]:
+        problems = []
+        compares = self.estimator in {"rloo", "grpo"}
+        if compares and self.rollout.responses_per_prompt < 2:
+            problems.append(f"{self.estimator} compares responses to one prompt: set rollout.responses_per_prompt to 2 or more")
+        if not self.has_critic:
+            fields = ("critic", "gamma", "lam", "lam_value", "lam_length")
+            given = [name for name in fields if getattr(self, name) != Config.model_fields[name].default]
+            problems += [f"{name} is a setting of estimator gae; {self.estimator} has no critic" for name in given]
+            if self.missing_eos.rule == "bootstrap":
+                problems.append(f"missing_eos.rule bootstrap needs a critic; {self.estimator} has none")
+        if self.has_critic and self.critic.kind == "adapter" and self.lora is None:
+            problems.append("critic.kind adapter needs `lora`; without it the critic is separate or a shared-head")
+        return problems
 
-SPEC = StageSpec(
-    kind="ppo",
-    version=1,
-    summary="PPO from a reward model",
-    config=Config,
-    output=Kind.POLICY,
-    run="stages.ppo.run:run",
-    data=Role.PROMPTS,
-    inputs={
-        "policy": Slot(Kind.POLICY, defaults=("sft", "base")),
-        "reference": Slot(Kind.POLICY, same_as="policy"),
-        "reward": Slot(Kind.REWARD, defaults=("reward",)),
-    },
-)
+    def _reward_problems(self) -> list[str]:
+        taken = {"policy", "reference"} & set(self.reward)
+        return [f"reward: {name!r} is the name of another input; choose another" for name in sorted(taken)]
+
+
+class RlooConfig(Config):
+    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024): PPO's loop without a critic."""
+
+    kind: Literal["rloo"] = "rloo"  # type: ignore[assignment]
+    """Stage kind."""
+
+    estimator: Literal["rloo"] = "rloo"  # type: ignore[assignment]
+    """Against the mean of the other responses to the prompt."""
+
+    rollout: RolloutSettings = RolloutSettings(prompts=128, responses_per_prompt=4)
+    """Sampling."""
+
+    epochs: PositiveInt = 1
+    """Passes over each rollout."""
+
+    whiten_advantages: bool = False
+    """Advantages get mean 0 and standard deviation 1 over all valid tokens of the rollout."""
+
+
+class GrpoConfig(Config):
+    """Group-relative policy optimisation (Shao et al. 2024): PPO's loop without a critic. `divide_by_std: false` with
+    `normaliser: constant` is Dr. GRPO."""
+
+    kind: Literal["grpo"] = "grpo"  # type: ignore[assignment]
+    """Stage kind."""
+
+    estimator: Literal["grpo"] = "grpo"  # type: ignore[assignment]
+    """Against the mean of all responses to the prompt, over their standard deviation."""
+
+    rollout: RolloutSettings = RolloutSettings(prompts=128, responses_per_prompt=4)
+    """Sampling."""
+
+    epochs: PositiveInt = 1
+    """Passes over each rollout."""
+
+    whiten_advantages: bool = False
+    """Advantages get mean 0 and standard deviation 1 over all valid tokens of the rollout."""
+
+    kl: KLSettings = KLSettings(estimator="k2")
+    """KL penalty."""
+
+
+def _spec(kind: str, summary: str, config: type[Config]) -> StageSpec:
+    return StageSpec(
+        kind=kind,
+        version=2 if kind == "ppo" else 1,
+        summary=summary,
+        config=config,
+        output=Kind.POLICY,
+        run="stages.ppo.run:run",
+        data=Role.PROMPTS,
+        inputs={
+            "policy": Slot(Kind.POLICY, defaults=("sft", "base")),
+            "reference": Slot(Kind.POLICY, same_as="policy"),
+            "reward": Slot(Kind.REWARD, defaults=("reward",)),
+        },
+        more_data={"ptx.data": Role.DEMONSTRATIONS},
+        memory="stages.ppo.layout:describe",
+    )
+
+
+PPO = _spec("ppo", "PPO from a reward model", Config)
+RLOO = _spec("rloo", "RLOO: no critic, several responses per prompt", RlooConfig)
+GRPO = _spec("grpo", "GRPO: no critic, scores relative to their group", GrpoConfig)
