@@ -9,7 +9,7 @@ An error message says where, what is wrong, and the nearest fix. The command lin
 | 3 | data |
 | 4 | checkpoint or model given as input |
 | 70 | numeric divergence: do not retry |
-| 71 | the rollout engine gave up |
+| 71 | the rollout engine, or a reward endpoint, gave up |
 | 72 | distributed failure |
 | 73 | cannot write |
 | 75 | interrupted after a safe save: run again to continue |
@@ -79,7 +79,7 @@ class NumericError(AlignError):
 
 
 class RolloutError(AlignError):
-    """The engine that samples responses gave up."""
+    """The engine that samples responses, or the endpoint that scores them, gave up."""
 
     exit_code = 71
 

@@ -6,11 +6,12 @@ It reads job.json, runs the stage, and writes record.json last: without a record
 from __future__ import annotations
 
 import errno
-import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from align.errors import AlignError, ConfigError, DistributedError, WriteError
 from align.job import StageResult
 from align.pipeline.folders import LOG, RECORD, RECORD_SCHEMA, Order, content, read_order, write_failure
 from align.pipeline.processes import die_with_parent
+from align.recipe.spec import named
 from align.records import read_manifest, remove_folder, write_json
 
 PACKAGES = (
@@ -35,6 +37,7 @@ PACKAGES = (
     "peft",
     "datasets",
     "accelerate",
+    "bitsandbytes",
     "deepspeed",
     "vllm",
 )
@@ -56,6 +59,8 @@ def main(directory: Path) -> int:
     """Runs the stage whose folder this is; returns the exit code."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # When imported (peft does) it warns of a missing CPU kernel that align does not use (align.models.quantised).
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     die_with_parent(os.getppid())
     stop = StopFlag()
     stop.install()
@@ -80,12 +85,12 @@ def run_stage(directory: Path, stop: StopFlag) -> None:
         raise ConfigError("python -O (or PYTHONOPTIMIZE) removes checks that stages rely on; start without it")
     world_size = _check_world_size()
     order = read_order(directory)
-    config = _named(order.config_class).model_validate(order.job.config)
+    config = named(order.config_class).model_validate(order.job.config)
     context = Context(order.job, stop)
     # Taken now: what the inputs hold while they are read, not what they may hold hours later.
     contents = {slot: content(Path(value.path)) for slot, value in order.job.inputs.items()}
     started = time.time()
-    result: StageResult = _named(order.run)(config, context)
+    result: StageResult = named(order.run)(config, context)
     if int(os.environ.get("RANK", "0")) == 0:
         write_json(directory / RECORD, _record(order, result, contents, started, world_size))
         if context.checkpoints.exists():
@@ -103,12 +108,6 @@ def _check_world_size() -> int:
     if size > 1:
         raise ConfigError(f"{size} processes: this version trains every stage on one; leave --num_processes out")
     return size
-
-
-def _named(path: str) -> Any:
-    """The object called `package.module:name`."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _record(
@@ -137,6 +136,7 @@ def _record(
         "seconds": round(ended - started, 3),
         "versions": _versions(),
         "hardware": _hardware(),
+        "peak_memory": _peak_memory(),
         "world_size": world_size,
         "git": _git_commit(),
         "command": order.command,
@@ -166,6 +166,18 @@ def _hardware() -> dict[str, Any]:
     torch = sys.modules.get("torch")  # a stage that did not need it is not made to import it
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if torch else []
     return {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}
+
+
+def _peak_memory() -> dict[str, int]:
+    """Most bytes this process ever held: resident in main memory, and allocated on each GPU by torch."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    torch = sys.modules.get("torch")
+    gpus = (
+        {f"gpu{index}": torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())}
+        if torch
+        else {}
+    )
+    return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, **gpus}
 
 
 def _git_commit() -> str | None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from align.recipe.spec import StageSpec, named
 
-from align.recipe.spec import StageSpec
-
-KINDS = ("base", "sft", "reward", "dpo", "ppo")
+KINDS = {
+    "base": "stages.base.config:SPEC",
+    "sft": "stages.sft.config:SPEC",
+    "reward": "stages.reward.config:SPEC",
+    "dpo": "stages.dpo.config:SPEC",
+    "ppo": "stages.ppo.config:PPO",
+    "rloo": "stages.ppo.config:RLOO",
+    "grpo": "stages.ppo.config:GRPO",
+}
+"""Where the contract of each kind is, in the order they usually run. A folder can hold several kinds."""
 
 
 def load_specs() -> dict[str, StageSpec]:
-    """Every stage kind by name, in the order they usually run."""
-    return {kind: import_module(f"stages.{kind}.config").SPEC for kind in KINDS}
+    """Every stage kind by name."""
+    return {kind: named(place) for kind, place in KINDS.items()}

@@ -10,14 +10,14 @@ from pydantic.fields import FieldInfo
 
 def complete_run_argument(incomplete: str) -> list[str]:
     """Stage names and `dotted.key=` that start with what is typed; after `=`, the values of a choice."""
-    from align.recipe.schema import walk
+    from align.recipe.schema import fixed
     from align.recipe.settings import RecipeSettings
 
     key, equals, _ = incomplete.partition("=")
     stage, dot, _ = key.partition(".")
     kinds = _stages()
     model, prefix = (kinds[stage], f"{stage}.") if dot and stage in kinds else (RecipeSettings, "")
-    fields = {prefix + setting.key: setting.field for setting in walk(model)}
+    fields = {prefix + setting.key: setting.field for setting in fixed(model)}
     if equals:
         options = [f"{key}={value}" for value in _values(fields[key])] if key in fields else []
     else:

@@ -6,7 +6,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 _WORDS = {
@@ -54,12 +53,6 @@ def default_text(value: Any, nested: bool) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(list(value)) if isinstance(value, tuple) else str(value)
-
-
-def is_execution(field: FieldInfo) -> bool:
-    """Whether a setting is left out of the fingerprint: changing it never re-runs a stage."""
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("execution"))
 
 
 def _bounds(metadata: tuple[Any, ...]) -> list[str]:

@@ -75,17 +75,20 @@ def _show_settings(console: Console, model: type[Settings], prefix: str) -> None
     from rich.markup import escape
     from rich.padding import Padding
 
-    from align.cli.describe import default_text, is_execution, type_text
+    from align.cli.describe import default_text, type_text
     from align.recipe.schema import nested_in, walk
+    from align.recipe.settings import is_marked
 
     console.print(escape(_one_line(model.__doc__)), style="italic")
     for setting in walk(model):
         inner = nested_in(setting.field)
-        kind = "settings" if inner else type_text(setting.field.annotation, tuple(setting.field.metadata))
+        kind = type_text(setting.field.annotation, tuple(setting.field.metadata))
+        if inner:
+            kind = "settings by name" if inner.by_name else "settings"
         default = default_text(setting.default, bool(inner))
         line = f"\n[bold]{prefix}{setting.key}[/]  [cyan]{escape(kind)}[/]"
         line += f"  = {escape(default)}" if default else ""
-        console.print(line + ("  [dim]cannot change the result[/]" if is_execution(setting.field) else ""))
+        console.print(line + ("  [dim]cannot change the result[/]" if is_marked(setting.field, "execution") else ""))
         console.print(Padding(escape(_one_line(setting.field.description)), (0, 0, 0, 4)))
 
 

@@ -76,8 +76,8 @@ def _metrics_table(kind: str, columns: Sequence[tuple[str, str, int]], rows: Map
     return table
 
 
-def render_plan(steps: Sequence[Step]) -> Table:
-    """What each stage of a plan will do, why, and where."""
+def render_plan(steps: Sequence[Step]) -> RenderableType:
+    """What each stage of a plan will do, why, and where; below, the models that will be in memory."""
     table = Table("stage", "action", "why", box=SIMPLE_HEAD)
     table.add_column("folder", overflow="fold")
     for step in steps:
@@ -89,6 +89,16 @@ def render_plan(steps: Sequence[Step]) -> Table:
             escape("\n".join(step.reasons)),
             escape(relative(folder)),
         )
+    telling = [step for step in steps if step.models]
+    return Group(table, _models_table(telling)) if telling else table
+
+
+def _models_table(steps: Sequence[Step]) -> Table:
+    """Numbered, because a long line is folded."""
+    table = Table("stage", Column("", justify="right"), "models in memory", box=SIMPLE_HEAD)
+    for step in steps:
+        for number, line in enumerate(step.models, 1):
+            table.add_row(escape(step.job.stage) if number == 1 else "", str(number), escape(line))
     return table
 
 

@@ -9,56 +9,53 @@ import torch
 
 from align.evaluation.statistics import share_interval
 from align.generation.engine import left_pad
-from align.training.logprobs import response_logprobs, token_logprobs
-from align.training.masked import length_mask, masked_sum
+from align.models.roles import Role
+from align.training.logprobs import response_states, state_logprobs
+from align.training.masked import length_mask
 
 BATCH = 64
 
 
-@torch.no_grad()
 def response_logprob_sums(
-    model: Any,
+    role: Role,
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     pad_id: int,
     batch_size: int = BATCH,
 ) -> list[float]:
     """log p(response | prompt) of each row, in nats: the sum over all response tokens, the stop token included."""
-    was_training = model.training
-    model.eval()
     values: list[float] = []
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
-        prompt_ids, prompt_mask = left_pad(prompts[rows], pad_id, model.device)
-        response_ids, valid = right_pad(responses[rows], pad_id, model.device)
-        ids = torch.cat([prompt_ids, response_ids], 1)
-        mask = torch.cat([prompt_mask, valid.long()], 1)
-        logprobs, _ = response_logprobs(model, ids, mask, response_ids.shape[1], temperature=1.0)
-        values += masked_sum(logprobs, valid, dim=1).tolist()
-    model.train(was_training)
+    with role.evaluating():
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            prompt_ids, prompt_mask = left_pad(prompts[rows], pad_id, role.device)
+            response_ids, valid = right_pad(responses[rows], pad_id, role.device)
+            ids = torch.cat([prompt_ids, response_ids], 1)
+            mask = torch.cat([prompt_mask, valid.long()], 1)
+            states = response_states(role, ids, mask, response_ids.shape[1])
+            logprobs, _ = state_logprobs(role, states[:, :-1], response_ids, valid, temperature=1.0)
+            values += logprobs.sum(1).tolist()
     return values
 
 
-@torch.no_grad()
-def token_loss(model: Any, rows: Sequence[dict[str, list[int]]], pad_id: int) -> float:
+def token_loss(role: Role, rows: Sequence[dict[str, list[int]]], pad_id: int) -> float:
     """Mean negative log-likelihood per trained token (label not -100) over all rows, in nats."""
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        ids, valid = right_pad([row["input_ids"] for row in batch], pad_id, model.device)
-        labels, _ = right_pad([row["labels"] for row in batch], -100, model.device)
-        logits = model(input_ids=ids, attention_mask=valid.long(), use_cache=False).logits[:, :-1]
-        trained = labels[:, 1:] != -100
-        total -= float(masked_sum(token_logprobs(logits, ids[:, 1:]), trained))
-        count += int(trained.sum())
-    model.train(was_training)
+    with role.evaluating():
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            ids, valid = right_pad([row["input_ids"] for row in batch], pad_id, role.device)
+            labels, _ = right_pad([row["labels"] for row in batch], -100, role.device)
+            trained = labels[:, 1:] != -100
+            states = response_states(role, ids, valid.long(), ids.shape[1] - 1)
+            logprobs, _ = state_logprobs(role, states[:, :-1], ids[:, 1:], trained, temperature=1.0)
+            total -= float(logprobs.sum())
+            count += int(trained.sum())
     return total / count
 
 
 def preference_metrics(
-    policy: Any, reference: Any, rows: Sequence[dict[str, list[int]]], pad_id: int
+    policy: Role, reference: Role, rows: Sequence[dict[str, list[int]]], pad_id: int
 ) -> dict[str, Any]:
     """How often the policy's implicit reward log pi - log ref ranks a held-out pair right, with its interval."""
     prompts = [row["prompt_ids"] for row in rows]

@@ -14,6 +14,7 @@ from align.errors import ConfigError
 from align.evaluation.likelihood import response_logprob_sums
 from align.evaluation.statistics import mean_interval, share_interval
 from align.generation.engine import RolloutEngine, Samples, Sampling
+from align.models.roles import Role
 from align.recipe.settings import EvaluationSettings
 
 GoldScorer = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -33,17 +34,18 @@ def load_gold(name: str | None) -> GoldScorer | None:
 
 
 def evaluate_policy(
-    policy: Any,
-    renderer: Renderer,
     engine: RolloutEngine,
+    policy: Role,
+    renderer: Renderer,
     prompts: Sequence[Prompt],
     settings: EvaluationSettings,
     *,
     seed: int,
-    reference: Any | None = None,
+    reference: Role | None = None,
     scorer: RewardScorer | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Samples one response per held-out prompt at temperature 1 and measures it.
+    """Samples one response per held-out prompt at temperature 1 and measures it. `engine` samples from `policy`, which
+    may share its weights with `reference`.
 
     Returns final metrics (gold, kl, reward, eos_rate, response_length, each with its 95 % interval) and the samples.
     kl is E[sum_t log pi - log ref] over the policy's own samples, in nats per response.

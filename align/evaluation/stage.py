@@ -12,7 +12,9 @@ from align.data.rows import Prompt
 from align.data.split import prompt_key
 from align.errors import DataError, Problem
 from align.evaluation.policy import RewardScorer, evaluate_policy
+from align.generation.engine import RolloutEngine
 from align.generation.transformers_engine import TransformersEngine
+from align.models import roles
 from align.recipe.settings import EvaluationSettings, Role
 
 FINAL = "final"
@@ -46,19 +48,21 @@ def held_out_prompts(
 def evaluate_stage(
     context: Context,
     settings: EvaluationSettings,
-    model: Any,
+    engine: RolloutEngine,
+    policy: roles.Role,
     renderer: Renderer,
     prompts: Sequence[Prompt],
-    reference: Any | None = None,
+    reference: roles.Role | None = None,
     scorer: RewardScorer | None = None,
 ) -> dict[str, Any]:
-    """Final metrics of a policy; its samples go to samples.jsonl. No held-out prompts: no metrics."""
+    """Final metrics of a policy, from which `engine` samples; its samples go to samples.jsonl. No held-out prompts: no
+    metrics. With adapters on a shared base call it before they are merged."""
     if not prompts:
         return {}
     metrics, rows = evaluate_policy(
-        model,
+        engine,
+        policy,
         renderer,
-        TransformersEngine(model, settings.batch_size),
         prompts,
         settings,
         seed=context.seed("evaluation"),
@@ -82,9 +86,11 @@ def sampler(
     def sample(step: int) -> None:
         if not prompts:
             return
-        engine = TransformersEngine(model, NUM_SHOWN)
         few = settings.model_copy(update={"prompts": NUM_SHOWN})
-        _, rows = evaluate_policy(model, renderer, engine, prompts, few, seed=context.seed("samples"))
+        engine = TransformersEngine(model, NUM_SHOWN)
+        _, rows = evaluate_policy(
+            engine, roles.causal_role(model), renderer, prompts, few, seed=context.seed("samples")
+        )
         for row in rows:
             context.samples.write(step, at="training", **row)
 

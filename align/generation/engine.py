@@ -34,6 +34,8 @@ class Samples:
     token_ids: torch.Tensor
     lengths: torch.Tensor
     finished: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    """(B, T) float32: the engine's own log-probabilities of the tokens, where it gives them."""
 
     def rows(self) -> list[list[int]]:
         """The valid ids of each response."""

@@ -67,20 +67,27 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
-    """A causal language model, dropout off, its embeddings covering the tokenizer."""
-    return _load(AutoModelForCausalLM, source, tokenizer, dtype)
+def load_policy(
+    source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, quantise: str | None = None
+) -> Any:
+    """A causal language model, dropout off, its embeddings covering the tokenizer. With `quantise` its linear layers
+    are held in NF4, frozen (align.models.quantised); `dtype` is then that of all the rest."""
+    return _load(AutoModelForCausalLM, source, tokenizer, dtype, quantise)
 
 
-def load_reward(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
+def load_reward(
+    source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, quantise: str | None = None
+) -> Any:
     """A reward model (sequence classification, one label), dropout off. Its head must be in the folder."""
-    return _load(AutoModelForSequenceClassification, source, tokenizer, dtype, num_labels=1)
+    return _load(AutoModelForSequenceClassification, source, tokenizer, dtype, quantise, num_labels=1)
 
 
-def new_reward(source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
+def new_reward(
+    source: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, quantise: str | None = None
+) -> Any:
     """A reward model on a policy's backbone, with a new head drawn from N(0, 1/(d+1)) (Ziegler et al. 2019; the
     variance, so the standard deviation is 1/sqrt(d+1))."""
-    model = _load(AutoModelForSequenceClassification, source, tokenizer, dtype, new_head=True, num_labels=1)
+    model = _load(AutoModelForSequenceClassification, source, tokenizer, dtype, quantise, new_head=True, num_labels=1)
     head = model.score.weight
     torch.nn.init.normal_(head, std=(head.shape[1] + 1) ** -0.5)
     return model
@@ -101,15 +108,20 @@ def _load(
     source: Input,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
+    quantise: str | None,
     *,
     new_head: bool = False,
     **config: Any,
 ) -> Any:
+    if quantise:
+        from align.models.quantised import adopt_nf4, nf4_config  # needs bitsandbytes, which is optional
+
+        config["quantization_config"] = nf4_config()
     with _explained(source):
         folder = local_folder(source)
         model, report = auto_class.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=torch.float32 if quantise else dtype,
             use_safetensors=True,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
@@ -124,6 +136,8 @@ def _load(
         )
     if auto_class is AutoModelForCausalLM and "score.weight" in report["unexpected_keys"]:
         raise ArtifactError(f"{source.source}: {folder} is a reward model (it has a head `score`), not a policy")
+    if quantise:
+        adopt_nf4(model, dtype)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         _grow_embeddings(model, len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id

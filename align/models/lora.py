@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import Linear
+from transformers.pytorch_utils import Conv1D
 
 from align.recipe.settings import LoraSettings
 
@@ -28,14 +30,31 @@ def add_lora(model: Any, settings: LoraSettings, *, is_reward: bool = False) -> 
     return get_peft_model(model, config)
 
 
-def merged(model: Any) -> Any:
-    """The effective model: adapters merged into the base weights, or the model itself when it has none.
+def merged(model: Any, adapter: str | None = None) -> Any:
+    """The effective model: one adapter (None: the active one) merged into the base weights, all others dropped; or the
+    model itself when it has none. A base in NF4 is decoded first and stays in full: what was trained is the decoded
+    base plus the adapter, and 4 bits cannot hold the sum.
 
-    Raises ValueError when an adapter holds non-finite values.
+    Raises ValueError when the adapter holds non-finite values.
     """
-    if isinstance(model, PeftModel):
-        return model.merge_and_unload(safe_merge=True)
-    return model
+    if not isinstance(model, PeftModel):
+        return model
+    _decode(model)
+    return model.merge_and_unload(safe_merge=True, adapter_names=[adapter] if adapter else model.active_adapters)
+
+
+def _decode(model: PeftModel) -> None:
+    """Puts every NF4 layer in full, in place: float32, in CPU memory, because in full it may not fit where it was."""
+    # Known by what they can do: align.models.quantised needs bitsandbytes, which is optional.
+    layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "decoded")]
+    if layers:
+        model.cpu().float()
+    for name, layer in layers:
+        plain = layer.decoded()
+        model.set_submodule(name, plain)
+        adapted = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(adapted, Linear):  # an adapter around it
+            adapted.fan_in_fan_out = isinstance(plain, Conv1D)
 
 
 def without_wrapper(model: Any) -> Any:
@@ -44,7 +63,7 @@ def without_wrapper(model: Any) -> Any:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Writes the trained adapter beside the effective model; call it before merging. A model without one: nothing."""
+    """Writes the active adapter beside the effective model; call it before merging. A model without one: nothing."""
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder / "adapter"), selected_adapters=model.active_adapters)
 

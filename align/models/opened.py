@@ -18,7 +18,7 @@ from align.models.load import load_policy, load_reward, load_tokenizer, local_fo
 from align.models.lora import merged, save_adapter
 from align.models.save import save_model
 
-Loader = Callable[[Input, PreTrainedTokenizerBase, torch.dtype], Any]
+Loader = Callable[[Input, PreTrainedTokenizerBase, torch.dtype, str | None], Any]
 
 
 @dataclass
@@ -28,22 +28,29 @@ class Opened:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
+    quantisation_moved: float | None = None
+    """How far quantisation moved the probes that came with the policy, in nats per token."""
 
 
-def open_policy(source: Input, template: str, dtype: torch.dtype = torch.float32) -> Opened:
-    """Loads a policy and repeats the hand-over check on it."""
-    return _open(source, template, dtype, load_policy)
+def open_policy(
+    source: Input, template: str, dtype: torch.dtype = torch.float32, quantise: str | None = None
+) -> Opened:
+    """Loads a policy, frozen and in 4 bits with `quantise`, and repeats the hand-over check on it."""
+    return _open(source, template, dtype, quantise, load_policy)
 
 
 def open_reward(source: Input, template: str, dtype: torch.dtype = torch.float32) -> Opened:
     """Loads a reward model and repeats the hand-over check on it."""
-    return _open(source, template, dtype, load_reward)
+    return _open(source, template, dtype, None, load_reward)
 
 
-def open_as_reward(source: Input, template: str, dtype: torch.dtype = torch.float32) -> Opened:
+def open_as_reward(
+    source: Input, template: str, dtype: torch.dtype = torch.float32, quantise: str | None = None
+) -> Opened:
     """A reward model with a new head on a policy's backbone. The policy itself is checked first."""
-    policy = open_policy(source, template, dtype)
-    return Opened(new_reward(source, policy.tokenizer, dtype), policy.tokenizer, policy.renderer)
+    opened = open_policy(source, template, dtype, quantise)
+    opened.model = new_reward(source, opened.tokenizer, dtype, quantise)
+    return opened
 
 
 def commit_policy(
@@ -71,7 +78,7 @@ def _commit(
     *,
     is_reward: bool,
 ) -> tuple[Any, dict[str, Any]]:
-    expected = probe_values(trained, probes, is_reward=is_reward)
+    expected, dtype = probe_values(trained, probes, is_reward=is_reward), trained.dtype
     with staging as folder:
         save_adapter(trained, folder)
         effective = merged(trained)
@@ -82,15 +89,18 @@ def _commit(
             opened.renderer,
             probes,
             expected,
-            dtype=effective.dtype,
+            dtype=dtype,
             is_reward=is_reward,
         )
+    if opened.quantisation_moved is not None:
+        result["quantisation_moved"] = opened.quantisation_moved
     return effective, result
 
 
-def _open(source: Input, template: Any, dtype: torch.dtype, load: Loader) -> Opened:
+def _open(source: Input, template: Any, dtype: torch.dtype, quantise: str | None, load: Loader) -> Opened:
     tokenizer = load_tokenizer(source)
     renderer = Renderer(tokenizer, template)
-    model = load(source, tokenizer, dtype)
-    verify_loaded(model, local_folder(source), tokenizer, renderer, source.source)
-    return Opened(model, tokenizer, renderer)
+    model = load(source, tokenizer, dtype, quantise)
+    folder = local_folder(source)
+    difference = verify_loaded(model, folder, tokenizer, renderer, source.source, quantised=bool(quantise))
+    return Opened(model, tokenizer, renderer, difference if quantise else None)

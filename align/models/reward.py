@@ -14,29 +14,26 @@ from typing import Any
 import torch
 
 from align.models.load import OFFSET_FIELD
+from align.models.roles import Role
 
 
-def score_sequences(model: Any, sequences: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
-    """Normalised scores (B,) fp32 of token sequences, each read at its last token.
+def score_sequences(role: Role, sequences: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
+    """Normalised scores (B,), float32 or wider, of token sequences, each read at its last token. `role` is a reward
+    model's.
 
     The position comes from the length, never from token ids, so PAD may be any id.
     """
-    device = model.device
-    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
-    width = int(lengths.max())
-    ids = torch.full((len(sequences), width), pad_id, device=device)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence, device=device)
-    mask = torch.arange(width, device=device) < lengths[:, None]
-    positions = torch.arange(width, device=device).expand_as(ids)
-    backbone = getattr(model, model.base_model_prefix)
-    hidden = backbone(
-        input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
-    ).last_hidden_state
-    last = hidden[torch.arange(len(sequences), device=device), lengths - 1]
-    # The head in fp32: a bf16 head has steps of 0.008 around 1, and answers would tie.
-    scores = torch.nn.functional.linear(last.float(), model.score.weight.float())[:, 0]
-    return scores + getattr(model.config, OFFSET_FIELD, 0.0)
+    with role.active():
+        device = role.device
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        width = int(lengths.max())
+        ids = torch.full((len(sequences), width), pad_id, device=device)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence, device=device)
+        positions = torch.arange(width, device=device).expand_as(ids)
+        states = role.states(ids, (positions < lengths[:, None]).long(), positions)
+        last = states[torch.arange(len(sequences), device=device), lengths - 1]
+        return role.head(last)[:, 0]
 
 
 def normalise(model: Any, mean: float, std: float) -> None:

@@ -1,58 +1,63 @@
-"""The critic: a backbone with one number per token. Ours, so that every causal architecture can have one."""
+"""Critics: one number per state, from a body of their own or from the actor's states."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_outputs import TokenClassifierOutput
 
 from align.job import Input
 from align.models.load import OFFSET_FIELD, load_policy, load_reward
+from align.models.roles import Role, score
 
 
-class ValueModel(nn.Module):
-    """V(s) read at every token: a transformer backbone and a linear head with a bias.
+class ValueHead(nn.Module):
+    """V(s) = w s + b, 0 at first. In float32: values are regressed to targets that differ by less than a bfloat16
+    step."""
 
-    The head works in its own dtype, float32: values are regressed to targets that differ by less than a bfloat16 step.
-    """
-
-    def __init__(self, backbone: Any, width: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.backbone = backbone
-        self.score = nn.Linear(width, 1)
+        self.weight = nn.Parameter(torch.zeros(1, width))
+        self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, input_ids: Tensor, **arguments: Any) -> TokenClassifierOutput:
-        """input_ids (B,L) and the backbone's other arguments -> `.logits` (B,L,1) float32."""
-        hidden = self.backbone(input_ids=input_ids, **arguments).last_hidden_state
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.score(hidden.to(self.score.weight.dtype))
-        return TokenClassifierOutput(logits=logits)
+    def start_from(self, weight: Tensor, offset: float) -> None:
+        """Takes over a reward model's head (1,H) and offset: a prior and not yet a value, because V_t is read one token
+        before the action it is about."""
+        with torch.no_grad():
+            self.weight.copy_(weight)
+            self.bias.fill_(offset)
 
-    def gradient_checkpointing_enable(self, **arguments: Any) -> None:
-        """Recompute the backbone's activations in the backward pass."""
-        self.backbone.gradient_checkpointing_enable(**arguments)
+    def forward(self, states: Tensor) -> Tensor:
+        """states (...,H) -> (...,1) float32 or wider."""
+        return score(states, self.weight, self.bias)
 
 
-def critic_from_reward(reward: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> ValueModel:
-    """A critic that starts as the normalised score: head, scale and offset are the reward model's.
-
-    A prior and not yet a value: V_t is read one token before the action it is about.
-    """
+def critic_from_reward(reward: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Role:
+    """A critic of its own that starts as the normalised score."""
     model = load_reward(reward, tokenizer, dtype)
-    critic = ValueModel(getattr(model, model.base_model_prefix), model.score.weight.shape[1])
-    with torch.no_grad():
-        critic.score.weight.copy_(model.score.weight)
-        critic.score.bias.fill_(getattr(model.config, OFFSET_FIELD, 0.0))
-    return critic
+    head = ValueHead(model.score.weight.shape[1])
+    head.start_from(model.score.weight, getattr(model.config, OFFSET_FIELD, 0.0))
+    return _separate(model.base_model, head)
 
 
-def critic_from_policy(policy: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> ValueModel:
-    """A critic on the policy's backbone, 0 everywhere at first: for a reward model with another tokenizer."""
+def critic_from_policy(policy: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Role:
+    """A critic of its own on the policy's backbone, 0 everywhere at first."""
     model = load_policy(policy, tokenizer, dtype)
-    critic = ValueModel(model.base_model, model.get_output_embeddings().weight.shape[1])
-    nn.init.zeros_(critic.score.weight)
-    nn.init.zeros_(critic.score.bias)
-    return critic
+    return _separate(model.base_model, ValueHead(model.get_output_embeddings().weight.shape[1]))
+
+
+def shared_head(actor: Role) -> Role:
+    """A critic on the actor's own states, 0 everywhere at first: only its head is trained in this role."""
+    head = ValueHead(actor.width).to(actor.device)
+
+    def trained() -> Iterator[tuple[str, nn.Parameter]]:
+        return head.named_parameters("head")
+
+    return Role(actor.module, actor.body, head, actor.width, actor.active, trained)
+
+
+def _separate(body: Any, head: ValueHead) -> Role:
+    return Role(nn.ModuleDict({"body": body, "head": head}).train(), body, head, head.weight.shape[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -116,27 +117,39 @@ def local_input(folder: Path, source: str, cache: HashCache, *, trust_remote_cod
     """A local folder as an input, known by its stage's fingerprint if align made it, else by its content."""
     folder = artifact_folder(folder)
     kind = check_folder(folder, trust_remote_code=trust_remote_code)
-    identity = _recorded_fingerprint(folder)
-    if identity is None:
-        files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
-        hashes = {path.name: cache.sha256(path) for path in files if _identifies(path.name)}
-        identity = fingerprint(hashes)
-    return Input(str(kind), str(folder), identity, source, trust_remote_code=trust_remote_code)
+    record = _record_of(folder)
+    trained = {}
+    if record is not None:
+        identity = str(record["fingerprint"])
+        trained = adapter_facts(
+            record["config"], {key: value["fingerprint"] for key, value in record["inputs"].items()}
+        )
+    elif (folder / MANIFEST).exists():
+        identity = fingerprint(read_manifest(folder)["files"])
+    else:
+        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        identity = fingerprint({path.name: cache.sha256(path) for path in files if _identifies(path.name)})
+    return Input(str(kind), str(folder), identity, source, trust_remote_code=trust_remote_code, **trained)
+
+
+def adapter_facts(config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    """`Input.adapter_of` and `Input.quantise` of what a stage makes, from its config and its inputs' fingerprints."""
+    lora = config.get("lora")
+    return {"adapter_of": inputs["policy"], "quantise": lora.get("quantise")} if lora else {}
 
 
 def _identifies(name: str) -> bool:
     return name.endswith(IDENTITY_SUFFIXES) or name in IDENTITY_NAMES
 
 
-def _recorded_fingerprint(folder: Path) -> str | None:
-    """What align recorded about a folder it made: the stage's fingerprint, or a hash of the manifest's."""
-    if not (folder / MANIFEST).exists():
-        return None
-    manifest = read_manifest(folder)
+def _record_of(folder: Path) -> dict[str, Any] | None:
+    """The record of the stage that made a model folder; None when align has not recorded it. Raises ArtifactError when
+    files of it are gone."""
     record = folder.parent / "record.json"
-    if folder.name == "model" and record.is_file():
-        return str(_read_object(record)["fingerprint"])
-    return fingerprint(manifest["files"])
+    if folder.name != "model" or not record.is_file() or not (folder / MANIFEST).exists():
+        return None
+    read_manifest(folder)
+    return _read_object(record)
 
 
 def hub_input(model: ModelSettings, kind: Kind, where: str) -> Input:

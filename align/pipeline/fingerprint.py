@@ -6,9 +6,7 @@ its data, the fingerprints of its inputs, and its seed; not where files lie, nor
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +14,44 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from align.data.load import content_hash
-from align.errors import ConfigError, DataError, Problem
+from align.errors import DataError, Problem
 from align.job import Input, Job
-from align.pipeline.external import HashCache, hub_input, local_input
+from align.pipeline.external import HashCache, adapter_facts, hub_input, local_input
+from align.pipeline.functions import source_hash
 from align.pipeline.graph import Node, Source
-from align.recipe.settings import DataSettings, EvaluationSettings, RecipeSettings
-from align.records import fingerprint, sha256_file
+from align.recipe.settings import DataSettings, RecipeSettings, is_marked
+from align.records import fingerprint
 
 PLACES = ("path", "held_out_path")
 """Fields of DataSettings that say where rows lie; the content hash stands for them."""
 
+NOT_ITS_OWN = ("kind", "seed", "data")
+"""Settings of a stage that its identity has in a place of their own, with what the recipe says for all stages."""
+
+SOURCE = "_source"
+"""Added to the name of a setting that names a function: the key of the hash of its module's source."""
+
+UNUSED = ("execution", "source")
+"""Marks of settings that the identity leaves out: they change nothing, or the inputs' fingerprints stand for them."""
+
 
 def make_jobs(settings: RecipeSettings, nodes: Sequence[Node], run_dir: Path, cache: HashCache) -> list[Job]:
     """One job per stage, in the order of `nodes`. Raises DataError with all unreadable files."""
-    hashes = _content_hashes([node.data for node in nodes] + [settings.evaluation.data])
-    evaluation = _evaluation_identity(settings.evaluation, hashes)
+    contents = Contents([data for node in nodes for data, _ in node.reads()] + [settings.evaluation.data])
+    evaluation = semantic(settings.evaluation, "evaluation", contents)
     jobs: dict[str, Job] = {}
     for node in nodes:
-        inputs = {slot: _input(node, slot, source, jobs, cache) for slot, source in node.inputs.items()}
+        inputs = {key: _input(source, jobs, cache) for key, source in node.inputs.items()}
+        config = semantic(node.config, node.name, contents)
         own_seed = getattr(node.config, "seed", None)
-        seed = settings.seed if own_seed is None else own_seed
         identity = {
+            "stage": node.name,  # part of every seed (Context.seed): the same settings under two names are two models
             "kind": node.spec.kind,
             "version": node.spec.version,
-            "seed": seed,
-            "config": _without({*node.spec.inputs, "seed", "kind", "data"}, semantic(node.config)),
-            "data": _data_identity(node.data, hashes),
-            "inputs": {slot: value.fingerprint for slot, value in inputs.items()},
+            "seed": settings.seed if own_seed is None else own_seed,
+            "config": {name: value for name, value in config.items() if name not in NOT_ITS_OWN},
+            "data": semantic(node.data, f"{node.name}.data", contents),
+            "inputs": {key: value.fingerprint for key, value in inputs.items()},
             "evaluation": evaluation,
         }
         jobs[node.name] = _job(settings, node, inputs, identity, run_dir)
@@ -70,73 +79,57 @@ def _job(
     )
 
 
-def semantic(value: Any) -> Any:
-    """Settings as plain JSON without the fields marked `execution`, at any depth."""
+class Contents:
+    """The content hash of each distinct data setting: a shared file is read once. Raises DataError with all faults."""
+
+    def __init__(self, data: Sequence[DataSettings | None]):
+        self._hashes: dict[str, str] = {}
+        problems: list[Problem] = []
+        for settings in {item.model_dump_json(): item for item in data if item is not None}.values():
+            try:
+                self._hashes[settings.model_dump_json()] = content_hash(settings)
+            except DataError as error:
+                problems += [problem for problem in error.problems if problem not in problems]
+        if problems:
+            raise DataError(problems)
+
+    def __getitem__(self, settings: DataSettings) -> str:
+        return self._hashes[settings.model_dump_json()]
+
+
+def semantic(value: Any, where: str, contents: Contents) -> Any:
+    """What of some settings can change the result, as plain JSON, at any depth: data by its content, functions with a
+    hash of their source. `where` is the dotted key for messages. Raises ConfigError for a function that is not there.
+    """
     if isinstance(value, BaseModel):
-        return {
-            name: semantic(getattr(value, name))
-            for name, field in type(value).model_fields.items()
-            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution"))
-        }
+        content = {"content": contents[value]} if isinstance(value, DataSettings) else {}
+        return content | _fields(value, where, contents)
     if isinstance(value, Mapping):
-        return {str(key): semantic(item) for key, item in value.items()}
+        return {str(key): semantic(item, f"{where}.{key}", contents) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [semantic(item) for item in value]
+        return [semantic(item, where, contents) for item in value]
     return to_jsonable_python(value)
 
 
-def _without(names: set[str], fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in names}
+def _fields(settings: BaseModel, where: str, contents: Contents) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        if any(is_marked(field, mark) for mark in UNUSED) or (isinstance(settings, DataSettings) and name in PLACES):
+            continue
+        value, key = getattr(settings, name), f"{where}.{name}"
+        fields[name] = semantic(value, key, contents)
+        if value is not None and is_marked(field, "function"):
+            fields[name + SOURCE] = source_hash(value, key)
+    return fields
 
 
-def _content_hashes(data: Sequence[DataSettings | None]) -> dict[str, str]:
-    """The content hash of each distinct data setting, keyed by its JSON: a shared file is read once."""
-    hashes: dict[str, str] = {}
-    problems: list[Problem] = []
-    for settings in {item.model_dump_json(): item for item in data if item is not None}.values():
-        try:
-            hashes[settings.model_dump_json()] = content_hash(settings)
-        except DataError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    if problems:
-        raise DataError(problems)
-    return hashes
-
-
-def _data_identity(data: DataSettings | None, hashes: Mapping[str, str]) -> dict[str, Any] | None:
-    if data is None:
-        return None
-    return {"content": hashes[data.model_dump_json()], **_without(set(PLACES), semantic(data))}
-
-
-def _evaluation_identity(evaluation: EvaluationSettings, hashes: Mapping[str, str]) -> dict[str, Any]:
-    identity = semantic(evaluation) | {"data": _data_identity(evaluation.data, hashes)}
-    if evaluation.gold is not None:
-        identity["gold_source"] = sha256_file(module_file(evaluation.gold.partition(":")[0]))
-    return identity
-
-
-def _input(node: Node, slot: str, source: Source, jobs: Mapping[str, Job], cache: HashCache) -> Input:
+def _input(source: Source, jobs: Mapping[str, Job], cache: HashCache) -> Input:
+    kind = source.want.slot.kind
     if source.model is None:
         made = jobs[source.name]
-        kind = node.spec.inputs[slot].kind
-        return Input(str(kind), str(Path(made.directory) / "model"), made.fingerprint, source.name)
+        trained = adapter_facts(made.config, {key: value.fingerprint for key, value in made.inputs.items()})
+        return Input(str(kind), str(Path(made.directory) / "model"), made.fingerprint, source.name, **trained)
     folder = Path(source.model.path)
     if folder.is_dir():
         return local_input(folder, source.name, cache, trust_remote_code=source.model.trust_remote_code)
-    return hub_input(source.model, node.spec.inputs[slot].kind, f"{node.name}.{slot}")
-
-
-def module_file(name: str) -> Path:
-    """The source file of a dotted module, without importing it. The current folder counts, as in a worker."""
-    top, *rest = name.split(".")
-    spec = PathFinder.find_spec(top, [str(Path.cwd())]) or importlib.util.find_spec(top)
-    for depth in range(len(rest)):
-        if spec is None or spec.submodule_search_locations is None:
-            break
-        full = ".".join([top, *rest[: depth + 1]])
-        spec = PathFinder.find_spec(full, list(spec.submodule_search_locations))
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        places = "the current folder or among the installed packages"
-        raise ConfigError(Problem("evaluation.gold", f"no module {name!r}", f"it is looked for in {places}"))
-    return Path(spec.origin)
+    return hub_input(source.model, kind, source.want.where)

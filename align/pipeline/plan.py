@@ -20,6 +20,7 @@ from align.pipeline.reasons import changes
 from align.recipe.load import Recipe
 from align.recipe.nearest import did_you_mean
 from align.recipe.settings import DataSettings, Role
+from align.recipe.spec import named
 from align.records import MANIFEST, read_manifest
 
 
@@ -47,9 +48,15 @@ class Step:
         """Whether a process will be started."""
         return self.action is not Action.REUSE
 
+    @property
+    def models(self) -> list[str]:
+        """Which models will be in memory, one line each; none for a stage that does not run or does not say."""
+        describe = self.node.spec.memory
+        return named(describe)(self.node.config, self.job.inputs) if describe and self.runs else []
+
     def consumes(self, other: Step) -> bool:
         """Whether an input of this stage is the other's artifact."""
-        return any(source.model is None and source.name == other.job.stage for source in self.node.inputs.values())
+        return other.job.stage in self.node.needs
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Plan:
                     slot: {"source": value.source, "path": value.path, "fingerprint": value.fingerprint}
                     for slot, value in step.job.inputs.items()
                 },
+                "models": step.models,
             }
             for step in self.steps
         ]
@@ -97,6 +105,7 @@ def make_plan(
     nodes = build_graph(recipe, requested)
     _check_force(force, nodes)
     _check_trackers(recipe.settings.track)
+    _check_quantisation(nodes)
     cache = HashCache(run_dir.parent)
     jobs = make_jobs(recipe.settings, nodes, run_dir, cache)
     cache.save()
@@ -175,10 +184,10 @@ def check_data(steps: Sequence[Step], evaluation: DataSettings | None = None) ->
     """Reads and checks the data of every stage that will run, and that of the evaluation. Raises DataError with all
     problems."""
     running = [step.node for step in steps if step.runs]
-    wanted = [(node.data, node.spec.data) for node in running]
-    if running:
+    wanted = [item for node in running for item in node.reads()]
+    if running and evaluation:
         wanted.append((evaluation, Role.PROMPTS))
-    unique = {(data.model_dump_json(), role): (data, role) for data, role in wanted if data and role}
+    unique = {(data.model_dump_json(), role): (data, role) for data, role in wanted}
     problems: list[Problem] = []
     for data, role in unique.values():
         try:
@@ -193,6 +202,13 @@ def _check_trackers(names: Sequence[str]) -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise ConfigError([Problem("track", f"{name} is not installed", f"pip install {name}") for name in missing])
+
+
+def _check_quantisation(nodes: Sequence[Node]) -> None:
+    names = [node.name for node in nodes if getattr(getattr(node.config, "lora", None), "quantise", None)]
+    if names and find_spec("bitsandbytes") is None:
+        what, hint = "nf4 needs bitsandbytes", "pip install 'align-rlhf[quant]'"
+        raise ConfigError([Problem(f"{name}.lora.quantise", what, hint) for name in names])
 
 
 def _check_force(force: Collection[str], nodes: Sequence[Node]) -> None:

@@ -3,6 +3,7 @@ once."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError, Problem
 from align.recipe.document import Document, read_document
-from align.recipe.overrides import Origins, Override, parse_overrides
+from align.recipe.overrides import Origins, Override, assign, parse_overrides
 from align.recipe.reading import Reading, StageRecipe
 from align.recipe.settings import RecipeSettings
 
@@ -57,9 +58,12 @@ def load_recipe(
     given, problems = parse_overrides(overrides)
     options = {"model": model, "data": data}
     shortcuts = [Override(f"--{name} {value}", (name,), value) for name, value in options.items() if value is not None]
+    written = copy.deepcopy(document.values)
+    for override in (*shortcuts, *given):
+        assign(written, override, 0)
     reading = Reading(
         values=document.values,
-        origins=Origins(label, document.lines, [*shortcuts, *given], requested),
+        origins=Origins(label, document.lines, [*shortcuts, *given], requested, written),
         specs=specs,
         directory=path.resolve().parent if path else Path.cwd(),
         problems=[*document.problems, *problems],

@@ -12,8 +12,8 @@ from pydantic_core import ErrorDetails
 from align.errors import Problem
 from align.recipe.nearest import did_you_mean, nearest
 from align.recipe.overrides import Origins
-from align.recipe.schema import KeyPath, model_at, walk
-from align.recipe.settings import RecipeSettings, Settings
+from align.recipe.schema import KeyPath, fixed, model_at, nested_in
+from align.recipe.settings import REFUSED, RecipeSettings, Settings
 from align.recipe.trainer_args import RESERVED
 
 _WANTED = {
@@ -42,7 +42,8 @@ def explain(
     """The problems of one settings object whose `values` stand at `prefix` in the recipe."""
     found: dict[KeyPath, list[ErrorDetails]] = {}
     for item in error.errors(include_url=False):
-        found.setdefault(_value_path(item["loc"], values), []).append(item)
+        path = item["loc"] if item["type"] == REFUSED else _value_path(item["loc"], values)
+        found.setdefault(path, []).append(item)
     problems = []
     for path, items in found.items():
         if any(other[: len(path)] == path for other in found if other != path) and _wanted(items):
@@ -87,11 +88,25 @@ def _reason(path: KeyPath, items: list[ErrorDetails], model: type[Settings], pre
         return _choice(given, _choices(model, path), context)
     if kind == "value_error":
         return str(context["error"]), ""
+    if kind == REFUSED:
+        return item["msg"], ""
     if kind in _BOUND:
         return f"must be {_BOUND[kind].format(**context)}, got {given}", ""
     if _wanted(items):
-        return f"expected {' or '.join(_wanted(items))}, got {_shown(given)}", ""
+        return f"expected {' or '.join(_wanted(items))}, got {_shown(given)}", _name_first(path, model)
     return f"{item['msg'][0].lower()}{item['msg'][1:]}, got {_shown(given)}", ""
+
+
+def _name_first(path: KeyPath, model: type[Settings]) -> str:
+    """The hint when a setting stands where a name belongs: `reward: {url: X}` for `reward: {NAME: {url: X}}`."""
+    if len(path) < 2:
+        return ""
+    *parents, name, key = path
+    holder = model_at(model, tuple(parents))
+    field = holder.model_fields.get(str(name)) if holder else None
+    inner = nested_in(field) if field else None
+    is_setting = inner is not None and inner.by_name and key in inner.model.model_fields
+    return f"give it a name: `{name}: {{NAME: {{{key}: ...}}}}`" if is_setting else ""
 
 
 def _shown(value: Any) -> str:
@@ -128,7 +143,7 @@ def _suggest(path: KeyPath, model: type[Settings], prefix: KeyPath) -> str:
     if "." in key:
         return f"nest it: `{key.split('.')[0]}:` with `{key.split('.', 1)[1]}` inside"
     here = model_at(model, tuple(parents)) or model
-    inside = [setting.key for setting in walk(model)]
+    inside = [setting.key for setting in fixed(model)]
     elsewhere = [name for name in inside if key in (name.rsplit(".", 1)[-1], name.replace(".", "_"))]
     if elsewhere:
         return f"did you mean `{min(elsewhere, key=len)}`?"

@@ -93,10 +93,12 @@ class Origins:
     overrides: list[Override] = field(default_factory=list)
     requested: Sequence[str] = ()
     """Stages named on the command line."""
+    written: dict[str, Any] = field(default_factory=dict)
+    """The values of file and overrides as they were written, shorthands included."""
 
     def problem(self, path: KeyPath, what: str, hint: str = "") -> Problem:
         """A problem with the value at `path`. The dotted key is left out where the override shows it."""
-        where, key = self.where(path, what), dotted(path)
+        where, key = self.where(path, what), dotted(self.as_written(path))
         shown = not key or where.startswith((f"{key}=", f"{key} "))
         return Problem(where, what if shown else f"{key}: {what}", hint)
 
@@ -105,6 +107,7 @@ class Origins:
 
         A message about a whole mapping is put on the override of the key it mentions.
         """
+        path = self.as_written(path)
         newest = self.overrides[::-1]
         below = [override for override in newest if override.path[: len(path)] == path]
         causes = [override for override in newest if override.path == path[: len(override.path)]]
@@ -116,6 +119,21 @@ class Origins:
             return f"{self.label}:{lines[0]}"
         return f"{path[0]} {ON_COMMAND_LINE}" if path and path[0] in self.requested else ON_COMMAND_LINE
 
+    def as_written(self, path: KeyPath) -> KeyPath:
+        """The path without the keys that a shorthand left out: `ppo.reward[1]` for `ppo.reward.reward.model[1]`."""
+        kept, current = [], self.written
+        for part in path:
+            if isinstance(current, dict) or (isinstance(current, list) and isinstance(part, int)):
+                kept.append(part)
+                current = _inside(current, part)
+        return tuple(kept)
+
     def from_command_line(self, path: KeyPath) -> bool:
         """Whether the value at `path` was given on the command line."""
         return any(override.path == path[: len(override.path)] for override in self.overrides)
+
+
+def _inside(container: Any, part: str | int) -> Any:
+    """What `part` of a mapping or list holds; a mapping where nothing was written, whose keys are then all kept."""
+    held: dict[str | int, Any] = dict(enumerate(container)) if isinstance(container, list) else container
+    return {} if held.get(part) is None else held[part]

@@ -17,8 +17,8 @@ from align.recipe.messages import explain
 from align.recipe.nearest import did_you_mean, nearest
 from align.recipe.overrides import Origins, assign
 from align.recipe.paths import locate, model_reason
-from align.recipe.schema import KeyPath, complete, model_at, walk
-from align.recipe.settings import DataSettings, ModelSettings, RecipeSettings, Settings
+from align.recipe.schema import KeyPath, complete, fixed, model_at, places
+from align.recipe.settings import DataSettings, ModelSettings, RecipeSettings, Settings, is_marked
 from align.recipe.trainer_args import check_trainer_args
 
 if TYPE_CHECKING:  # the pipeline stands above the recipe: its types are known here, its code is not
@@ -54,7 +54,7 @@ class Reading:
         """The recipe's own settings; None when they are wrong."""
         given = {key: value for key, value in self.values.items() if key in OWN}
         merged = self._merged(RecipeSettings, given, ())
-        self._locate(RecipeSettings, merged, ())
+        self._locate(RecipeSettings, merged, (), [])
         return self._validated(RecipeSettings, merged, ())
 
     def stages(self) -> dict[str, StageRecipe]:
@@ -82,15 +82,11 @@ class Reading:
     def _stage(self, name: str, spec: StageSpec, names: list[str]) -> Settings | None:
         given = self.values.get(name)
         merged = self._merged(spec.config, {} if given is None else given, (name,))
-        self._locate(spec.config, merged, (name,))
-        if isinstance(merged, dict):
-            for slot in spec.inputs:
-                if isinstance(merged.get(slot), str) and merged[slot] not in names:
-                    merged[slot] = self._model(merged[slot], (name, slot), names)
-            arguments = merged.get("trainer_args")
-            if spec.trainer_config and isinstance(arguments, dict):
-                path = (name, "trainer_args")
-                self.problems += check_trainer_args(arguments, spec.trainer_config, path, self.origins)
+        self._locate(spec.config, merged, (name,), names)
+        arguments = merged.get("trainer_args") if isinstance(merged, dict) else None
+        if spec.trainer_config and isinstance(arguments, dict):
+            path = (name, "trainer_args")
+            self.problems += check_trainer_args(arguments, spec.trainer_config, path, self.origins)
         return self._validated(spec.config, merged, (name,))
 
     def _merged(self, model: type[Settings], given: Any, prefix: KeyPath) -> Any:
@@ -115,27 +111,31 @@ class Reading:
             self.problems += explain(error, model, values, prefix, self.origins)
             return None
 
-    def _locate(self, model: type[Settings], values: Any, prefix: KeyPath) -> None:
-        """Makes the local paths inside `values` absolute, in place."""
-        if not isinstance(values, dict):
-            return
-        if issubclass(model, DataSettings):
-            for key in values.keys() & {"path", "held_out_path"}:
-                values[key] = self._located(values[key], (*prefix, key))
-        elif issubclass(model, ModelSettings):
-            if isinstance(values.get("path"), str):
-                values["path"] = self._model(values["path"], (*prefix, "path"), [])
-        else:
-            for key, value in values.items():
-                inner = model_at(model, (key,))
-                if inner:
-                    self._locate(inner, value, (*prefix, key))
+    def _locate(self, model: type[Settings], values: Any, prefix: KeyPath, stages: list[str]) -> None:
+        """Makes the local paths inside `values` absolute, in place. A source may also be one of the stages."""
+        for settings, found, path in places(model, values, prefix):
+            if issubclass(settings, DataSettings):
+                for key in found.keys() & {"path", "held_out_path"}:
+                    found[key] = self._located(found[key], (*path, key))
+            elif issubclass(settings, ModelSettings):
+                if isinstance(found.get("path"), str):
+                    found["path"] = self._model(found["path"], (*path, "path"), [])
+            else:
+                for key in (key for key, field in settings.model_fields.items() if is_marked(field, "source")):
+                    found |= {key: self._source(found[key], (*path, key), stages)} if key in found else {}
 
     def _located(self, value: Any, path: KeyPath) -> Any:
         base = Path.cwd() if self.origins.from_command_line(path) else self.directory
         if isinstance(value, list):
             return [locate(item, base) if isinstance(item, str) else item for item in value]
         return locate(value, base) if isinstance(value, str) else value
+
+    def _source(self, value: Any, path: KeyPath, stages: list[str]) -> Any:
+        """A source, or a list of them: stages as they are, anything else as a model."""
+        if isinstance(value, list):
+            return [self._source(item, (*path, place), stages) for place, item in enumerate(value)]
+        is_model = isinstance(value, str) and value not in stages
+        return self._model(value, path, stages) if is_model else value
 
     def _model(self, text: str, path: KeyPath, names: list[str]) -> str:
         """A model's path, made absolute if local; `names` are stages that could have been meant."""
@@ -190,7 +190,7 @@ class Reading:
         if "." in name:
             return what, f"nest it: `{name.split('.')[0]}:` with `{name.split('.', 1)[1]}` inside"
         for kind, spec in self.specs.items():
-            if any(setting.key.rsplit(".", 1)[-1] == name for setting in walk(spec.config)):
+            if any(setting.key.rsplit(".", 1)[-1] == name for setting in fixed(spec.config)):
                 return what, f"did you mean `{name}` inside `{kind}:`?"
         return what, f"a stage of your own name needs `kind:` inside, one of {', '.join(self.specs)}"
 

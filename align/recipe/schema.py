@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import isclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -15,6 +15,9 @@ from align.recipe.settings import Settings
 
 KeyPath = tuple[str | int, ...]
 """Where a value is: ("ppo", "optim", "betas", 1)."""
+
+ANY = "<name>"
+"""Stands in a dotted key for a name that the recipe chooses."""
 
 
 def dotted(path: KeyPath) -> str:
@@ -29,6 +32,8 @@ class Nested:
 
     model: type[Settings]
     expand: Callable[[Any], Any]
+    by_name: bool = False
+    """Whether there are any number of them, under names that the recipe chooses: `dict[str, RewardTerm]`."""
 
 
 def nested(annotation: Any, metadata: tuple[Any, ...] = ()) -> Nested | None:
@@ -38,10 +43,13 @@ def nested(annotation: Any, metadata: tuple[Any, ...] = ()) -> Nested | None:
         metadata = (*metadata, *inner)
     if get_origin(annotation) in (Union, UnionType):
         return next(filter(None, (nested(option) for option in get_args(annotation))), None)
+    before = next((item.func for item in metadata if isinstance(item, BeforeValidator)), lambda value: value)
+    if get_origin(annotation) is dict:
+        inner = nested(get_args(annotation)[1])
+        return replace(inner, expand=before, by_name=True) if inner else None
     if not (isclass(annotation) and issubclass(annotation, Settings)):
         return None
-    before = next((item.func for item in metadata if isinstance(item, BeforeValidator)), None)
-    return Nested(annotation, before or (lambda value: value))  # type: ignore[arg-type]
+    return Nested(annotation, before)  # type: ignore[arg-type]
 
 
 def nested_in(field: FieldInfo) -> Nested | None:
@@ -51,12 +59,30 @@ def nested_in(field: FieldInfo) -> Nested | None:
 
 def model_at(model: type[Settings], path: KeyPath) -> type[Settings] | None:
     """The settings class found at `path` inside `model`; None where there is a plain value or nothing."""
-    current: type[Settings] | None = model
-    for part in path:
-        field = current.model_fields.get(str(part)) if current else None
-        inner = nested_in(field) if field else None
-        current = inner.model if inner else None
-    return current
+    if not path:
+        return model
+    field = model.model_fields.get(str(path[0]))
+    inner = nested_in(field) if field else None
+    if inner is None or (inner.by_name and len(path) == 1):
+        return None
+    return model_at(inner.model, path[2 if inner.by_name else 1 :])
+
+
+def places(model: type[Settings], values: Any, path: KeyPath = ()) -> Iterator[tuple[type[Settings], dict, KeyPath]]:
+    """Every mapping of completed `values` that is to become settings: their class, the mapping itself, its path."""
+    if not isinstance(values, dict):
+        return
+    yield model, values, path
+    for name in values.keys() & model.model_fields.keys():
+        inner = nested_in(model.model_fields[name])
+        if inner is None:
+            continue
+        here = (*path, name)
+        if not inner.by_name:
+            yield from places(inner.model, values[name], here)
+        elif isinstance(values[name], dict):
+            for key, value in values[name].items():
+                yield from places(inner.model, value, (*here, key))
 
 
 def complete(model: type[Settings], given: Any, default: Settings | None = None) -> Any:
@@ -75,9 +101,14 @@ def complete(model: type[Settings], given: Any, default: Settings | None = None)
         inner = nested_in(field)
         if inner is None:
             continue
+        value = inner.expand(given[name])
+        if inner.by_name:
+            is_dict = isinstance(value, dict)
+            result[name] = {key: complete(inner.model, item) for key, item in value.items()} if is_dict else value
+            continue
         fallback = getattr(default, name) if default is not None else field.default
         fallback = fallback if isinstance(fallback, inner.model) else None
-        result[name] = complete(inner.model, inner.expand(given[name]), fallback)
+        result[name] = complete(inner.model, value, fallback)
     return result
 
 
@@ -92,10 +123,16 @@ class Setting:
 
 
 def walk(model: type[Settings], default: Any = None, prefix: str = "") -> Iterator[Setting]:
-    """Every key of a settings class, those of nested classes right after the key that holds them."""
+    """Every key of a settings class, those of nested classes right after the key that holds them, `reward.<name>.url`
+    where the recipe chooses a name."""
     for name, field in model.model_fields.items():
         value = getattr(default, name) if isinstance(default, model) else field.get_default(call_default_factory=True)
         yield Setting(prefix + name, field, value)
         inner = nested_in(field)
         if inner is not None:
-            yield from walk(inner.model, value, f"{prefix}{name}.")
+            yield from walk(inner.model, value, f"{prefix}{name}.{ANY}." if inner.by_name else f"{prefix}{name}.")
+
+
+def fixed(model: type[Settings]) -> Iterator[Setting]:
+    """Of these keys, those that can be written as they are."""
+    return (setting for setting in walk(model) if ANY not in setting.key)

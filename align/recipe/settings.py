@@ -6,6 +6,7 @@ left out of a stage's fingerprint, so changing one never re-runs anything.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -16,8 +17,14 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+REFUSED = "refused"
+"""Type of the errors of `refuse`."""
 
 
 class Settings(BaseModel):
@@ -28,8 +35,8 @@ class Settings(BaseModel):
     )
 
     def sources(self, slot: str) -> dict[str, str | None]:
-        """Inputs of a slot by name, and what the recipe says each comes from. A slot is one input of its own name,
-        unless a stage takes several (PPO's reward)."""
+        """Inputs of a slot by name, and what the recipe says each comes from; None where it says nothing. A slot is
+        one input of its own name, unless a stage takes several (PPO's reward)."""
         return {slot: getattr(self, slot, None)}
 
 
@@ -46,6 +53,26 @@ def source(default: Any = None) -> Any:
 def function(default: Any = None) -> Any:
     """A field that names a Python function, `module:function`: the fingerprint holds the hash of its source."""
     return Field(default, json_schema_extra={"function": True})
+
+
+def is_marked(field: FieldInfo, mark: str) -> bool:
+    """Whether a field was made by the function called `mark`: execution, source or function."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get(mark))
+
+
+def refuse(problems: Mapping[str, str]) -> None:
+    """For validators of settings that must go together: raises what is wrong by dotted key, so that each problem is
+    told with its own key and line. Does nothing when there is none.
+    """
+    if problems:
+        errors = [
+            InitErrorDetails(
+                type=PydanticCustomError(REFUSED, "{what}", {"what": what}), loc=tuple(key.split(".")), input=None
+            )
+            for key, what in problems.items()
+        ]
+        raise ValidationError.from_exception_data("settings", errors)
 
 
 def shorthand(key: str) -> BeforeValidator:
@@ -245,6 +272,11 @@ class TrainingSettings(Settings):
     trainer_args: dict[str, Any] = {}
     """Passed to TRL's config of this stage as they are, for the arguments not modelled here. Names are
     checked; those that align sets itself are refused."""
+
+    @property
+    def quantise(self) -> str | None:
+        """How the frozen base is held while an adapter is trained; None: in full."""
+        return self.lora.quantise if self.lora else None
 
     @model_validator(mode="after")
     def _micro_divides(self) -> TrainingSettings:

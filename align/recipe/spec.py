@@ -1,7 +1,7 @@
 """What a stage is to the pipeline: a typed config, named inputs, one output, and the name of a function.
 
 There is no base class to inherit from. A stage is a folder `stages/<kind>/` whose `config.py` holds `Config`
-and `SPEC`, and whose `run.py` holds `run(config, context) -> StageResult`.
+and `SPEC`, and whose `run.py` holds `run(config, context) -> StageResult`. Kinds that share a loop share a folder.
 """
 
 from __future__ import annotations
@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib import import_module
+from typing import Any
 
 from align.recipe.settings import Role, Settings
+
+
+def named(path: str) -> Any:
+    """The object called `package.module:name`. Specifications name what is slow to import."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
 
 
 class Kind(StrEnum):
@@ -22,7 +30,8 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Slot:
-    """An input of a stage. `defaults` are the stage names tried in order when the recipe names no source.
+    """An input of a stage, or several (`Settings.sources`). `defaults` are the stage names tried in order when the
+    recipe names no source.
 
     A slot of kind POLICY falls back on the recipe's `model`; `same_as` falls back on another slot.
     """

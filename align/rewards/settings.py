@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -52,9 +54,9 @@ class RewardTerm(Settings):
         if len(given) > 1:
             raise ValueError(f"a reward term is one of model, function and url; {' and '.join(given)} are set")
         if self.model == []:
-            raise ValueError("model: an ensemble needs at least one reward model")
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url {self.url!r} does not start with http:// or https://")
+            raise ValueError("an ensemble needs at least one reward model")
+        if self.url is not None:
+            _check_url(self.url)
         return self
 
     @property
@@ -69,6 +71,19 @@ class RewardTerm(Settings):
         if isinstance(self.model, list):
             return {f"{term}.{number}": name for number, name in enumerate(self.model, 1)}
         return {term: self.model}
+
+
+def _check_url(url: str) -> None:
+    """Raises ValueError without the URL, which may hold a secret and is then not for showing."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0 and not re.search(r"\s", url)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError("url is not http:// or https:// and the name of a host, with or without a port and a path")
+    if "@" in parts.netloc:
+        raise ValueError("url holds a user name or password, and a recipe is no place for one; see token_variable")
 
 
 def reward_terms(value: Any) -> Any:

@@ -21,9 +21,11 @@ from align.context import Context
 from align.data.render import PAD_TOKEN, Renderer
 from align.data.rows import Document
 from align.evaluation.stage import evaluate_stage, held_out_prompts
+from align.generation.transformers_engine import TransformersEngine
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.opened import Opened, commit_policy
+from align.models.roles import causal_role
 from align.recipe.settings import EvaluationSettings, Role
 from align.training.rows import load_rows
 from align.training.trainer import CommittedTrainer, housekeeping_arguments, optimiser_arguments, run_training
@@ -61,7 +63,8 @@ def run(config: Config, context: Context) -> StageResult:
         _train(config, context, opened, blocks)
     model, handover = commit_policy(context.commit_model(), opened.model, opened, blocks[:NUM_PROBES])
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
-    metrics = evaluate_stage(context, evaluation, model, opened.renderer, held_out_prompts(evaluation, ()))
+    engine, prompts = TransformersEngine(model, evaluation.batch_size), held_out_prompts(evaluation, ())
+    metrics = evaluate_stage(context, evaluation, engine, causal_role(model), opened.renderer, prompts)
     return StageResult({"parameters": model.num_parameters(), **metrics}, handover)
 
 

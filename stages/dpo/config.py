@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import PositiveFloat
 
-from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings
+from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings, source
 from align.recipe.spec import Kind, Slot, StageSpec
 
 
@@ -16,7 +16,7 @@ class Config(TrainingSettings):
     kind: Literal["dpo"] = "dpo"
     """Stage kind."""
 
-    policy: str | None = None
+    policy: str | None = source()
     """What is trained. None: `sft`, else `base`, else the recipe's `model`."""
 
     data: Data | None = None

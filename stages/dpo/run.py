@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,12 @@ from align.context import Context
 from align.data.rows import Prompt
 from align.evaluation.likelihood import preference_metrics
 from align.evaluation.stage import evaluate_stage, held_out_prompts, sampler
+from align.generation.transformers_engine import TransformersEngine
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import commit_policy, open_policy
+from align.models.roles import causal_role
 from align.recipe.settings import EvaluationSettings, Role
 from align.training.rows import load_rows, preference_row, token_rows
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
@@ -32,12 +35,13 @@ class PreferenceTrainer(CommittedTrainer, DPOTrainer):
 
 
 def run(config: Config, context: Context) -> StageResult:
-    """Loads the policy twice (trained, frozen reference), trains on pairs, commits, measures."""
+    """Loads the policy, and once more as the frozen reference, trains on pairs, measures, commits. With adapters the
+    reference is the same model with its adapter off."""
     set_seed(context.seed("weights"))
     assert config.data is not None
     dataset = load_rows(config.data, Role.PREFERENCES, context)
-    opened = open_policy(context.input("policy"), config.data.template)
-    reference = open_policy(context.input("policy"), config.data.template).model
+    opened = open_policy(context.input("policy"), config.data.template, quantise=config.quantise)
+    reference = None if config.lora else open_policy(context.input("policy"), config.data.template).model
     convert = partial(preference_row, opened.renderer)
     train, too_long = token_rows(dataset.train, convert, config, context.job.stage)
     held_out, _ = token_rows(dataset.held_out, convert, config, context.job.stage)
@@ -49,7 +53,7 @@ def run(config: Config, context: Context) -> StageResult:
     arguments = trainer_arguments(config, context, config.optim, len(train))
     trainer = PreferenceTrainer(
         model=model,
-        ref_model=None if config.lora else reference,
+        ref_model=reference,
         args=DPOConfig(**arguments, max_length=None, beta=config.beta, loss_type=[config.loss]),
         train_dataset=RowDataset.from_list(train),
         processing_class=opened.tokenizer,
@@ -68,10 +72,12 @@ def run(config: Config, context: Context) -> StageResult:
     )
     probes = [row["prompt_ids"] + row["chosen_ids"] for row in (held_out or train)[:NUM_PROBES]]
     trained = trainable_parameters(model)
-    policy, handover = commit_policy(context.commit_model(), model, opened, probes)
-    reference.to(policy.device)
-    metrics = evaluate_stage(context, evaluation, policy, opened.renderer, prompts, reference)
+    ours = causal_role(model)
+    theirs = replace(ours, switch=model.disable_adapter) if config.lora else causal_role(reference)
+    engine = TransformersEngine(model, evaluation.batch_size)
+    metrics = evaluate_stage(context, evaluation, engine, ours, opened.renderer, prompts, theirs)
     if held_out:
-        metrics |= preference_metrics(policy, reference, held_out, opened.renderer.pad_id)
+        metrics |= preference_metrics(ours, theirs, held_out, opened.renderer.pad_id)
+    _, handover = commit_policy(context.commit_model(), model, opened, probes)
     counts = {"rows": len(train), "rows_too_long": too_long, "rows_skipped": len(dataset.report.skipped)}
     return StageResult({**metrics, "trained_parameters": trained, **counts}, handover)

@@ -44,8 +44,18 @@ class History:
     streaks: dict[str, int] = field(default_factory=dict)
     """Rollouts in a row on which a rule's condition held."""
 
-    entropy_start: float | None = None
-    """Entropy of the policy on the first rollout."""
+    first: dict[str, float] = field(default_factory=dict)
+    """What the metrics in `REMEMBERED` were when they were first measured."""
+
+
+REMEMBERED = (
+    "policy/entropy_avg",
+    "objective/scores",
+    "reward/disagreement",
+    "samples/distinct_2",
+    "val/score_length_corr",
+)
+"""Metrics that rules compare with their first value, which they know as `first/...`."""
 
 
 def _not_finite(metric: str, what: str) -> Rule:
@@ -96,9 +106,10 @@ RULES = (
     ),
     Rule(
         "score_follows_length",
-        ("val/score_length_corr",),
-        lambda m: m["val/score_length_corr"] > 0.5,
-        "score and length correlate by {val/score_length_corr:.2f}: the reward model may be paying for length",
+        ("val/score_length_corr", "first/val/score_length_corr"),
+        lambda m: m["val/score_length_corr"] > max(0.5, m["first/val/score_length_corr"] + 0.1),
+        "score and length correlate by {val/score_length_corr:.2f}, at first by {first/val/score_length_corr:.2f}: "
+        "the reward model may be paying for length",
     ),
     Rule(
         "score_beyond_training",
@@ -129,33 +140,72 @@ RULES = (
     ),
     Rule(
         "entropy_collapse",
-        ("policy/entropy_avg", "entropy_start"),
-        lambda m: m["policy/entropy_avg"] < 0.1 * m["entropy_start"],
-        "entropy is {policy/entropy_avg:.3g}, it was {entropy_start:.3g} at the start: the policy has "
+        ("policy/entropy_avg", "first/policy/entropy_avg"),
+        lambda m: m["policy/entropy_avg"] < 0.1 * m["first/policy/entropy_avg"],
+        "entropy is {policy/entropy_avg:.3g}, it was {first/policy/entropy_avg:.3g} at the start: the policy has "
         "stopped exploring; raise kl.coef or entropy_coef",
+    ),
+    Rule(
+        "diversity_falls",
+        ("samples/distinct_2", "first/samples/distinct_2"),
+        lambda m: m["samples/distinct_2"] < 0.5 * m["first/samples/distinct_2"],
+        "{samples/distinct_2:.0%} of token pairs in the responses are different, at first it was "
+        "{first/samples/distinct_2:.0%}: responses are becoming alike; raise kl.coef or stop earlier",
+        patience=2,
+    ),
+    Rule(
+        "ensemble_disagrees",
+        ("reward/disagreement", "first/reward/disagreement", "objective/scores", "first/objective/scores"),
+        lambda m: (
+            m["reward/disagreement"] > 2 * m["first/reward/disagreement"]
+            and m["objective/scores"] > m["first/objective/scores"]
+        ),
+        "the reward models differ by {reward/disagreement:.3g} on the responses, at first by "
+        "{first/reward/disagreement:.3g}, while the score rises: it rises where they were not trained; use combine: "
+        "min, raise kl.coef or stop earlier",
+        patience=2,
+    ),
+    Rule(
+        "cutting_pays",
+        ("val/cut_rank", "val/eos_rate"),
+        lambda m: m["val/cut_rank"] > 0.5 and m["val/eos_rate"] < 0.95,
+        "responses that were cut score better than {val/cut_rank:.0%} of those that end: is the reward normalised? "
+        "Lower missing_eos.value, or the policy will learn not to end",
+    ),
+    Rule(
+        "value_clip_lags",
+        ("val/return_var", "clip_value"),
+        lambda m: m["val/return_var"] ** 0.5 > 5 * m["clip_value"],
+        "returns have a standard deviation above five times clip.value {clip_value:g}, and the critic moves by at "
+        "most that much per rollout: normalise the reward, or set clip.value: null",
+        patience=5,
+    ),
+    Rule(
+        "engine_differs",
+        ("samples/mismatch_kl",),
+        lambda m: m["samples/mismatch_kl"] > 0.01,
+        "the engine's log-probabilities differ from the trainer's by a KL of {samples/mismatch_kl:.3g} per token: "
+        "stale weights, another precision or another temperature in the engine",
     ),
 )
 
 
-def check(
-    metrics: Metrics,
-    history: History,
-    max_response_tokens: int,
-    max_training_score: float | None = None,
-) -> tuple[list[Alarm], History]:
-    """The alarms that a rollout's metrics raise, and the history for the next rollout."""
-    start = history.entropy_start if history.entropy_start is not None else metrics.get("policy/entropy_avg")
-    facts = {**metrics, "max_response_tokens": max_response_tokens}
-    facts |= {} if max_training_score is None else {"max_training_score": max_training_score}
-    facts |= {} if start is None else {"entropy_start": start}
+def check(metrics: Metrics, history: History, facts: Metrics) -> tuple[list[Alarm], History]:
+    """The alarms that a rollout's metrics raise, and the history for the next rollout.
+
+    `facts` are numbers of the run that rules need: max_response_tokens, clip_value, max_training_score.
+    """
+    measured = {name: metrics[name] for name in REMEMBERED if math.isfinite(metrics.get(name, math.nan))}
+    first = {**measured, **history.first}
+    known = {**metrics, **facts, **{f"first/{name}": value for name, value in first.items()}}
     alarms, streaks = [], {}
     for rule in RULES:
-        if any(name not in facts for name in rule.needs) or not rule.holds(facts):
+        if any(name not in known for name in rule.needs) or not rule.holds(known):
             continue
         streaks[rule.name] = history.streaks.get(rule.name, 0) + 1
         if streaks[rule.name] == rule.patience:
-            alarms.append(Alarm(rule.name, rule.message.format_map(facts), rule.fatal))
-    return alarms, History(streaks, start)
+            alarms.append(Alarm(rule.name, rule.message.format_map(known), rule.fatal))
+    return alarms, History(streaks, first)
 
 
 def check_same_policy(log_ratio: float, tolerance: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
@@ -15,6 +16,7 @@ from align.recipe.settings import (
     Role,
     Settings,
     execution,
+    refuse,
     source,
 )
 from align.recipe.spec import Kind, Slot, StageSpec
@@ -22,6 +24,12 @@ from align.rewards.settings import DEFAULT_TERM, RewardTerm, reward_terms
 
 NonNegative = Annotated[float, Field(ge=0)]
 WITH_CRITIC = "gae"
+TERM_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
+INPUTS = {
+    "policy": Slot(Kind.POLICY, defaults=("sft", "base")),
+    "reference": Slot(Kind.POLICY, same_as="policy"),
+    "reward": Slot(Kind.REWARD, defaults=("reward",)),
+}
 
 
 def refuse_estimators(value: Any) -> Any:
@@ -66,10 +74,10 @@ class ClipSettings(Settings):
     """The probability ratio is clipped to [1 - policy, 1 + policy]."""
 
     policy_high: PositiveFloat | None = None
-    """Another upper bound, 1 + policy_high: 0.28 leaves more room for unlikely tokens (Yu et al. 2025). None: `policy`."""
+    """Another upper bound, 1 + policy_high: 0.28 leaves unlikely tokens more room (Yu et al. 2025). None: `policy`."""
 
     dual: Annotated[float, Field(gt=1)] | None = None
-    """Bounds the loss of a token with a negative advantage by -dual * A (Ye et al. 2020), 3 is usual. None: no bound."""
+    """Bounds the loss of a token with a negative advantage by -dual * A (Ye et al. 2020); 3 is usual. None: not."""
 
     value: PositiveFloat | None = 0.2
     """The new value may differ from the old by this much. None: no clipping. Assumes a normalised reward."""
@@ -177,7 +185,7 @@ class Config(Settings):
     reference: str | None = source()
     """What the KL is measured to; frozen. None: the policy this stage starts from."""
 
-    reward: Annotated[dict[str, RewardTerm], BeforeValidator(reward_terms)] = {DEFAULT_TERM: RewardTerm()}
+    reward: Annotated[dict[str, RewardTerm], BeforeValidator(reward_terms)] = Field({DEFAULT_TERM: RewardTerm()})
     """What is maximised: a reward model (a stage, a local folder or a hub id), a list of them (an ensemble), or named
     terms that are added up. None: the `reward` stage."""
 
@@ -304,33 +312,47 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        problems = [*self._estimator_problems(), *self._reward_problems()]
-        if self.responses % self.minibatches:
-            problems.append(f"{self.responses} responses per rollout are not a multiple of minibatches {self.minibatches}")
-        if self.overlong is not None and self.overlong.buffer > self.rollout.max_response_tokens:
-            problems.append("overlong.buffer is longer than rollout.max_response_tokens")
-        if problems:
-            raise ValueError("; ".join(problems))
+        problems = {**self._size_problems(), **self._reward_problems()}
+        refuse(problems | (self._critic_problems() if self.has_critic else self._critic_free_problems()))
         return self
 
-    def _estimator_problems(self) -> list[str]:
-        problems = []
-        compares = self.estimator in {"rloo", "grpo"}
-        if compares and self.rollout.responses_per_prompt < 2:
-            problems.append(f"{self.estimator} compares responses to one prompt: set rollout.responses_per_prompt to 2 or more")
-        if not self.has_critic:
-            fields = ("critic", "gamma", "lam", "lam_value", "lam_length")
-            given = [name for name in fields if getattr(self, name) != Config.model_fields[name].default]
-            problems += [f"{name} is a setting of estimator gae; {self.estimator} has no critic" for name in given]
-            if self.missing_eos.rule == "bootstrap":
-                problems.append(f"missing_eos.rule bootstrap needs a critic; {self.estimator} has none")
-        if self.has_critic and self.critic.kind == "adapter" and self.lora is None:
-            problems.append("critic.kind adapter needs `lora`; without it the critic is separate or a shared-head")
+    def _size_problems(self) -> dict[str, str]:
+        problems = {}
+        if self.responses % self.minibatches:
+            problems["minibatches"] = f"{self.responses} responses per rollout are not a multiple of {self.minibatches}"
+        if self.overlong is not None and self.overlong.buffer > self.rollout.max_response_tokens:
+            problems["overlong.buffer"] = (
+                f"{self.overlong.buffer} is over rollout.max_response_tokens {self.rollout.max_response_tokens}"
+            )
         return problems
 
-    def _reward_problems(self) -> list[str]:
-        taken = {"policy", "reference"} & set(self.reward)
-        return [f"reward: {name!r} is the name of another input; choose another" for name in sorted(taken)]
+    def _critic_problems(self) -> dict[str, str]:
+        if self.critic.kind == "adapter" and self.lora is None:
+            return {"critic.kind": "adapter needs `lora`; without it the critic is separate or a shared-head"}
+        return {}
+
+    def _critic_free_problems(self) -> dict[str, str]:
+        fields = ("critic", "gamma", "lam", "lam_value", "lam_length")
+        given = [name for name in fields if getattr(self, name) != Config.model_fields[name].default]
+        problems = dict.fromkeys(given, f"a setting of the estimator {WITH_CRITIC}; {self.estimator} has no critic")
+        if self.missing_eos.rule == "bootstrap":
+            problems["missing_eos.rule"] = f"bootstrap needs a critic; {self.estimator} has none"
+        if self.estimator in {"rloo", "grpo"} and self.rollout.responses_per_prompt < 2:
+            problems["rollout.responses_per_prompt"] = (
+                f"{self.estimator} compares the responses to one prompt; set it to 2 or more"
+            )
+        return problems
+
+    def _reward_problems(self) -> dict[str, str]:
+        if not self.reward:
+            return {"reward": "no term, so there is nothing to maximise"}
+        problems = {}
+        for name in self.reward:
+            if name in INPUTS and name != DEFAULT_TERM:
+                problems[f"reward.{name}"] = "the name of another input; choose another"
+            elif not TERM_NAME.fullmatch(name):
+                problems[f"reward.{name}"] = "the name of a term is made of letters, digits, - and _"
+        return problems
 
 
 class RlooConfig(Config):
@@ -384,11 +406,7 @@ def _spec(kind: str, summary: str, config: type[Config]) -> StageSpec:
         output=Kind.POLICY,
         run="stages.ppo.run:run",
         data=Role.PROMPTS,
-        inputs={
-            "policy": Slot(Kind.POLICY, defaults=("sft", "base")),
-            "reference": Slot(Kind.POLICY, same_as="policy"),
-            "reward": Slot(Kind.REWARD, defaults=("reward",)),
-        },
+        inputs=INPUTS,
         more_data={"ptx.data": Role.DEMONSTRATIONS},
         memory="stages.ppo.layout:describe",
     )

@@ -2,7 +2,8 @@
 
 Per token, with x = log pi - log ref at a token drawn from pi: E[k1] = E[k3] = KL; k2 is biased. Only k1
 belongs in the reward: its score-function gradient is that of the KL, while k2, k3 and |k1| have another fixed
-point. k3 is measured next to it: if the two means disagree, tokens were not drawn from pi, or too few were.
+point. As a loss only k2 has the gradient of the KL (losses.kl_loss). k3 is measured next to k1: if the two means
+disagree, tokens were not drawn from pi, or too few were.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from align.training.masked import Reduce, identity, masked_sum, moments
+
+MAX_ERROR = 0.2
+"""Of the controller: a KL far from its target moves the coefficient no faster."""
 
 
 def k1(logp: Tensor, logp_ref: Tensor) -> Tensor:
@@ -27,6 +31,18 @@ def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """ref/pi - 1 - log(ref/pi), any shape; never negative."""
     x = k1(logp, logp_ref)
     return torch.expm1(-x) + x
+
+
+def adapted(coef: float, kl: float, target: float, horizon: int, episodes: int) -> float:
+    """The coefficient for the next rollout (Ziegler et al. 2019, equation 4): coef (1 + clip(kl/target - 1, +-.2) n/h).
+
+    `kl` and `target` are nats per RESPONSE: fed with the KL per token, the controller would push the wrong way. `kl`
+    is the mean over all processes, so that they agree. `episodes` n are the responses of the rollout that `kl` was
+    measured on, `horizon` h is counted in them too; the result is
+    positive while n < 5 h.
+    """
+    error = min(max(kl / target - 1, -MAX_ERROR), MAX_ERROR)
+    return coef * (1 + error * episodes / horizon)
 
 
 def summary(logp: Tensor, logp_ref: Tensor, mask: Tensor, reduce: Reduce = identity) -> dict[str, float]:

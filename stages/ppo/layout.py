@@ -1,7 +1,7 @@
 """Which models are in memory, and which role is played by which of them. Torch-free: `align plan` says it, `run` obeys.
 
-A frozen base can play several roles: as it is (the reference), or through an adapter (actor, critic, and any reward model
-that was trained as an adapter on this very base).
+A frozen base can play several roles: as it is (the reference), or through an adapter (actor, critic, and any reward
+model that was trained as an adapter on this very base).
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ def layout(config: Config, inputs: Mapping[str, Input]) -> Layout:
     frozen, quantise = (policy, config.lora.quantise) if config.lora else (reference, None)
     rewards = [name for name in inputs if name not in FIXED]
     on_frozen = tuple(
-        name
-        for name in rewards
-        if inputs[name].adapter_of == frozen.fingerprint and inputs[name].quantise == quantise
+        name for name in rewards if inputs[name].adapter_of == frozen.fingerprint and inputs[name].quantise == quantise
     )
     return Layout(
         trains_adapter,
@@ -68,21 +66,20 @@ def _critic(config: Config) -> str:
 def describe(config: Config, inputs: Mapping[str, Input]) -> list[str]:
     """The models in memory, one line each, for `align plan`."""
     roles = layout(config, inputs)
-    shared = list(roles.adapter_rewards)
+    on_frozen = [f"{name} (adapter)" for name in roles.adapter_rewards]
     quantised = f" in {config.lora.quantise}" if config.lora and config.lora.quantise else ""
-    actor = f"{inputs['policy'].source}: actor" + (f" (adapter; base frozen{quantised})" if roles.trains_adapter else "")
-    parts = [actor]
+    frozen = f" (adapter; base frozen{quantised})" if roles.trains_adapter else ""
+    parts = [f"{inputs['policy'].source}: actor{frozen}"]
     if roles.critic in {"adapter", "shared-head"}:
         parts.append(f"critic ({'adapter' if roles.critic == 'adapter' else 'a head on the actor'})")
     if roles.reference_is_base:
         parts.append("reference (base alone)")
     if roles.trains_adapter:
-        parts += [f"{name} (adapter)" for name in shared]
+        parts += on_frozen
     lines = [", ".join(parts)]
     if not roles.reference_is_base:
         own = [f"{inputs['reference'].source}: reference (frozen)"]
-        own += [] if roles.trains_adapter else [f"{name} (adapter)" for name in shared]
-        lines.append(", ".join(own))
+        lines.append(", ".join(own + ([] if roles.trains_adapter else on_frozen)))
     if roles.critic == "separate":
         lines.append("critic")
     return lines + [f"{inputs[name].source}: {name} (frozen)" for name in roles.own_rewards]

@@ -15,16 +15,19 @@ from rich.markup import escape
 from align.context import Context
 from align.data.render import Renderer
 from align.data.rows import Message
-from align.errors import NumericError
+from align.errors import Interrupted, NumericError, RolloutError
+from align.evaluation.policy import GoldScorer
 from align.generation.engine import RolloutEngine, Samples, Sampling
-from align.models.load import HIGHEST_FIELD
+from align.training.checkpoints import checkpoint_folder
 from align.training.progress import StageProgress
 from stages.ppo import alarms
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from stages.ppo.config import Config
+from stages.ppo.metrics import distinct_ngrams, mismatch_kl, rollout_metrics
+from stages.ppo.ptx import visited
 from stages.ppo.rollout import Rollout, join
-from stages.ppo.scorer import RewardScorer
-from stages.ppo.trainer import PPOTrainer, rollout_metrics
+from stages.ppo.scorer import Rewarder, Scores
+from stages.ppo.trainer import PPOTrainer
 
 SAMPLES_SHOWN = 4
 
@@ -47,18 +50,29 @@ class Loop:
         accelerator: Accelerator,
         trainer: PPOTrainer,
         engine: RolloutEngine,
-        scorer: RewardScorer,
+        rewarder: Rewarder,
         renderer: Renderer,
         questions: Sequence[Question],
+        *,
+        gold: GoldScorer | None = None,
+        max_training_score: float | None = None,
     ):
         self.config, self.context, self.accelerator = config, context, accelerator
-        self.trainer, self.engine, self.scorer = trainer, engine, scorer
+        self.trainer, self.engine, self.rewarder = trainer, engine, rewarder
         self.renderer, self.questions = renderer, questions
+        self.gold = gold
+        facts = {
+            "max_response_tokens": config.rollout.max_response_tokens,
+            "clip_value": config.clip.value,
+            "max_training_score": max_training_score,
+        }
+        self.facts = {name: float(value) for name, value in facts.items() if value is not None}
         self.history = alarms.History()
         self.console = Console(stderr=True, quiet=not accelerator.is_main_process)
 
-    def run(self) -> None:
-        """All rollouts, from the newest checkpoint that verifies. Raises Interrupted after a signal."""
+    def run(self) -> int:
+        """All rollouts, from the newest checkpoint that verifies. Returns their number: fewer than the recipe's when
+        the KL budget is spent. Raises Interrupted after a signal."""
         config, context = self.config, self.context
         start, self.history = load_checkpoint(context, self.trainer)
         self.engine.sync()
@@ -67,59 +81,85 @@ class Loop:
         checkpoint_every = config.checkpoint.every_steps or math.ceil(config.rollouts / 10)
         self.console.print(f"  rollouts: {self.engine.name}", highlight=False)
         self.accelerator.init_trackers(context.job.stage, config=None)
+        done = start
         with StageProgress(
             context.job.stage, config.rollouts, "rollouts", enabled=self.accelerator.is_main_process
         ) as bar:
             for index in range(start, config.rollouts):
-                metrics = self.rollout(index)
+                metrics, spent = self.rollout(index)
                 done = index + 1
                 self.report(done, metrics, bar)
+                if spent:
+                    break
                 if done % checkpoint_every == 0 or context.stop.is_set:
-                    save_checkpoint(context, self.trainer, self.history, done, config.checkpoint.keep)
+                    self.save(done)
                 if context.stop.is_set and done < config.rollouts:
                     context.stop_here(done)
         self.accelerator.end_training()
+        return done
 
-    def rollout(self, index: int) -> dict[str, float]:
-        """One round: sample, score, observe, improve, sync. Returns its metrics."""
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` rollouts, unless there is one."""
+        if done > 0 and not checkpoint_folder(self.context.checkpoints, done).exists():
+            save_checkpoint(self.context, self.trainer, self.history, done, self.config.checkpoint.keep)
+
+    def rollout(self, index: int) -> tuple[dict[str, float], bool]:
+        """One round: sample, score, observe, improve, sync. Returns its metrics, and whether the KL budget is spent:
+        then the round is not learned from."""
         started = time.monotonic()
-        questions = self.batch(index)
-        samples = self.sample(questions, f"rollout {index}")
-        raw_scores = self.scorer([one.messages for one in questions], [one.ids for one in questions], samples)
-        device = self.accelerator.device
+        try:
+            questions = self.batch(index)
+            samples = self.sample(questions, f"rollout {index}")
+            scores = self.rewarder([one.messages for one in questions], [one.ids for one in questions], samples)
+        except (Interrupted, RolloutError):  # an engine or an endpoint is down: what was learned before is kept
+            self.save(index)
+            raise
+        device, processes = self.accelerator.device, self.trainer.processes
         responses = join([one.ids for one in questions], samples, self.renderer.pad_id, device)
-        rollout = self.trainer.observe(responses, raw_scores.to(device))
+        rollout = self.trainer.observe(responses, scores.tokens.to(device))
         if index == 0 and self.starts_at_reference():
             difference = (rollout.logp_old - rollout.logp_ref).abs().max()
             alarms.check_starts_at_reference(float(difference), self.trainer.rounding)
-        observed = rollout_metrics(rollout, self.config.kl.coef, raw_scores.to(device), self.trainer.processes)
-        improved = self.trainer.improve(rollout, index)
-        self.engine.sync()
-        self.write_samples(index, questions, samples, raw_scores, rollout)
-        episode = (index + 1) * self.config.rollout.prompts
-        speed = self.config.rollout.prompts / (time.monotonic() - started)
-        return {
-            **observed,
-            "objective/kl_coef": self.config.kl.coef,
-            **improved,
-            "episode": float(episode),
-            "eps": speed,
-        }
+        metrics = rollout_metrics(rollout, self.trainer.kl_coef, scores, processes)
+        metrics |= self.text_metrics(questions, samples)
+        if samples.logprobs is not None:
+            metrics["samples/mismatch_kl"] = mismatch_kl(samples.logprobs, rollout, processes)
+        budget = self.config.kl.budget
+        spent = budget is not None and metrics["objective/kl"] > budget
+        if not spent:
+            metrics |= self.trainer.improve(rollout, index)
+            self.trainer.adapt(metrics["objective/kl"])
+            self.engine.sync()
+        self.write_samples(index, questions, samples, scores, rollout)
+        metrics["episode"] = float((index + 1) * self.config.responses)
+        metrics["eps"] = self.config.responses / (time.monotonic() - started)
+        return metrics, spent
+
+    def text_metrics(self, questions: Sequence[Question], samples: Samples) -> dict[str, float]:
+        """What is read off the responses themselves; on several processes, off this process's."""
+        rows = samples.rows()
+        metrics = {"samples/distinct_2": distinct_ngrams(rows)}
+        if self.gold is not None:
+            texts = [self.renderer.decode(row) for row in rows]
+            scores = self.gold([one.messages[-1]["content"] for one in questions], texts)
+            metrics["samples/gold"] = sum(scores) / len(scores)
+        return metrics
 
     def starts_at_reference(self) -> bool:
         """Whether the reference is the very model that the policy starts from."""
         return self.context.input("policy").fingerprint == self.context.input("reference").fingerprint
 
     def batch(self, index: int) -> list[Question]:
-        """This process's prompts of rollout `index`. Prompts are visited in a fresh order on every pass."""
-        count, total = self.config.rollout.prompts, len(self.questions)
-        order: list[int] = []
-        for number in range(index * count // total, ((index + 1) * count - 1) // total + 1):
-            generator = torch.Generator().manual_seed(self.context.seed(f"prompts {number}"))
-            order += torch.randperm(total, generator=generator).tolist()
-        start = index * count % total
-        picked = order[start : start + count]
-        return [self.questions[one] for one in picked[self.accelerator.process_index :: self.accelerator.num_processes]]
+        """This process's prompts of rollout `index`, each as often as it is to be answered. Prompts are visited in a
+        fresh order on every pass."""
+        picked = visited(
+            len(self.questions),
+            self.config.rollout.prompts,
+            index,
+            lambda number: self.context.seed(f"prompts {number}"),
+        )
+        mine = picked[self.accelerator.process_index :: self.accelerator.num_processes]
+        return [self.questions[one] for one in mine for _ in range(self.config.rollout.responses_per_prompt)]
 
     def sample(self, questions: Sequence[Question], name: str) -> Samples:
         """One response per question; every process draws its own."""
@@ -142,9 +182,7 @@ class Loop:
 
     def report(self, done: int, metrics: dict[str, float], bar: StageProgress) -> None:
         """metrics.jsonl, trackers, progress bar and alarms."""
-        highest = getattr(self.scorer.reward.model.config, HIGHEST_FIELD, None)
-        cap = self.config.rollout.max_response_tokens
-        raised, self.history = alarms.check(metrics, self.history, cap, max_training_score=highest)
+        raised, self.history = alarms.check(metrics, self.history, self.facts)
         if self.accelerator.is_main_process:
             self.context.metrics.write(done, **metrics, alarms=[alarm.name for alarm in raised])
         self.accelerator.log(metrics, step=done)
@@ -165,7 +203,7 @@ class Loop:
         index: int,
         questions: Sequence[Question],
         samples: Samples,
-        raw_scores: torch.Tensor,
+        scores: Scores,
         rollout: Rollout,
     ) -> None:
         """A few responses of this rollout to samples.jsonl, at fixed rollouts."""
@@ -180,7 +218,7 @@ class Loop:
                 prompt=questions[row].messages[-1]["content"],
                 response=self.renderer.decode(response),
                 finished=bool(samples.finished[row]),
-                reward=float(raw_scores[row]),
+                reward=float(scores.total[row]),
                 score=float(rollout.scores[row]),
                 kl=float(kl[row]),
             )

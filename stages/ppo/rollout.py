@@ -32,6 +32,11 @@ class Responses:
         """(B,T) bool: the response's own tokens, its stop token included."""
         return length_mask(self.lengths, self.width)
 
+    @property
+    def tokens(self) -> Tensor:
+        """(B,T) the response columns of input_ids."""
+        return self.input_ids[:, -self.width :]
+
     def rows(self, index: Tensor) -> Responses:
         """Some rows, without the padding columns that none of them uses: a matter of speed, never of results."""
         lengths = self.lengths[index]
@@ -70,13 +75,22 @@ class Rollout:
 
     responses: Responses
     scores: Tensor
-    """(B,) after the missing-EOS rule."""
+    """(B,) after score clip, overlong penalty and missing-EOS rule; the sum over a row of process rewards."""
+    counted: Tensor
+    """(B,) bool: rows that are learned from. All, unless cut responses are left out."""
     logp_old: Tensor
     logp_ref: Tensor
-    values: Tensor
-    rewards: Tensor
-    advantages: Tensor
-    """Whitened if the settings say so."""
-    returns: Tensor
-    """Targets of the critic: advantages before whitening, plus values."""
     entropy: Tensor
+    rewards: Tensor
+    """Token scores less the KL penalty, where that is part of the reward."""
+    advantages: Tensor
+    """As the policy loss uses them: whitened if the settings say so, 0 where nothing is learned."""
+    values: Tensor | None
+    """None without a critic."""
+    returns: Tensor | None
+    """Targets of the critic: advantages before whitening, plus values."""
+
+    @property
+    def learned(self) -> Tensor:
+        """(B,T) bool: the tokens that losses are summed over."""
+        return self.responses.mask & self.counted[:, None]

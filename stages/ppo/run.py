@@ -1,31 +1,45 @@
-"""PPO from human feedback: opens the models, runs the loop, commits and measures the policy."""
+"""The policy-gradient stages (ppo, rloo, grpo): opens the models, runs the loop, measures and commits the policy."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from rich.console import Console
 from transformers import set_seed
 
 from align.context import Context
+from align.data.render import Renderer
+from align.data.rows import Prompt
 from align.errors import ConfigError, DataError, Problem
+from align.evaluation.policy import load_gold
 from align.evaluation.stage import evaluate_stage, held_out_prompts
 from align.generation.engine import RolloutEngine
 from align.generation.transformers_engine import TransformersEngine
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
-from align.models.opened import Opened, commit_policy, open_policy, open_reward
-from align.models.value import ValueModel, critic_from_policy, critic_from_reward
+from align.models.opened import Opened, commit_policy
 from align.recipe.settings import EvaluationSettings, Role
+from align.rewards.functions import call_function, load_function
+from align.rewards.remote import RemoteReward
+from align.rewards.settings import RewardTerm
 from align.training.masked import Processes
-from align.training.rows import load_rows
+from align.training.rows import TokenRow, demonstration_row, load_rows
 from align.training.trainer import training_dtype
 from stages.ppo.config import Config, RolloutSettings
 from stages.ppo.loop import Loop, Question
-from stages.ppo.scorer import RewardScorer
+from stages.ppo.models import Models, open_models
+from stages.ppo.ptx import Demonstrations
+from stages.ppo.scorer import Rewarder, RewardScorer, TextScorer
 from stages.ppo.trainer import PPOTrainer
+
+WARMUP_ROLLOUTS = 20
+"""Of a critic that starts from nothing (VAPO, Yue et al. 2025, takes 50), but at most a tenth of the stage."""
 
 
 def run(config: Config, context: Context) -> StageResult:
@@ -34,42 +48,60 @@ def run(config: Config, context: Context) -> StageResult:
     assert config.data is not None
     accelerator = new_accelerator(context)
     dataset = load_rows(config.data, Role.PROMPTS, context)
-    policy, reference, reward = (
-        open_model(context.input(slot), config.data.template)
-        for slot, open_model in (("policy", open_policy), ("reference", open_policy), ("reward", open_reward))
-    )
-    questions, too_long = training_questions(policy, dataset.train, config)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
     prompts = held_out_prompts(evaluation, dataset.held_out, dataset.train)
 
-    scorer = RewardScorer(reward, policy, config.rollout.micro_batch_size)
-    scorer.check_prompts([question.messages for question in questions])
-    critic = new_critic(context, policy, scorer)
-    for model in (policy.model, reference.model, reward.model, critic):
-        model.to(accelerator.device)
-    reference.model.eval().requires_grad_(False)
-    if config.gradient_checkpointing:
-        for model in (policy.model, critic):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    models = open_models(config, context, accelerator.device)
+    policy = models.policy
+    questions, too_long = training_questions(policy, dataset.train, config)
+    rewarder = new_rewarder(config, context, models)
+    rewarder.check([question.messages for question in questions])
     trainer = PPOTrainer(
         config,
-        policy.model.train(),
-        critic.train(),
-        reference.model,
+        models.actor,
+        models.critic,
+        models.reference,
         seed=context.seed("minibatches"),
+        warmup=warmup_rollouts(config, models),
         processes=all_processes(accelerator),
         precision=training_dtype(config.precision),
+        demonstrations=new_demonstrations(config, context, policy.renderer, accelerator),
     )
     engine = new_engine(config.rollout, policy)
-    loop = Loop(config, context, accelerator, trainer, engine, scorer, policy.renderer, questions)
-    loop.run()
-
-    probes = loop.sample_sequences(NUM_PROBES)
-    effective, handover = commit_policy(context.commit_model(), policy.model, policy, probes)
-    metrics = evaluate_stage(
-        context, evaluation, effective, policy.renderer, prompts, reference=reference.model, scorer=scorer
+    loop = Loop(
+        config,
+        context,
+        accelerator,
+        trainer,
+        engine,
+        rewarder,
+        policy.renderer,
+        questions,
+        gold=load_gold(evaluation.gold),
+        max_training_score=models.max_training_score,
     )
-    counts = {"optimiser_steps": trainer.num_steps, "prompts_trained": len(questions), "prompts_too_long": too_long}
+    done = loop.run()
+
+    with nullcontext() if trainer.ema is None else trainer.ema.applied():
+        engine.sync()
+        probes = loop.sample_sequences(NUM_PROBES)
+        metrics = evaluate_stage(
+            context,
+            evaluation,
+            engine,
+            models.actor,
+            policy.renderer,
+            prompts,
+            reference=models.reference,
+            scorer=rewarder.total,
+        )
+        _, handover = commit_policy(context.commit_model(), policy.model, policy, probes)
+    counts = {
+        "rollouts": done,
+        "optimiser_steps": trainer.num_steps,
+        "prompts_trained": len(questions),
+        "prompts_too_long": too_long,
+    }
     return StageResult({**metrics, **counts}, handover)
 
 
@@ -80,19 +112,63 @@ def new_accelerator(context: Context) -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers or None, project_config=folders)
 
 
-def new_critic(context: Context, policy: Opened, scorer: RewardScorer) -> ValueModel:
-    """The critic starts from the reward model; from the policy when the two do not share a tokenizer."""
-    if scorer.shares_tokenizer:
-        return critic_from_reward(context.input("reward"), policy.tokenizer, torch.float32)
-    return critic_from_policy(context.input("policy"), policy.tokenizer, torch.float32)
-
-
 def new_engine(settings: RolloutSettings, policy: Opened) -> RolloutEngine:
     """The rollout engine the recipe asks for."""
     return TransformersEngine(policy.model, settings.micro_batch_size)
 
 
-def training_questions(policy: Opened, prompts: list, config: Config) -> tuple[list[Question], int]:
+def new_rewarder(config: Config, context: Context, models: Models) -> Rewarder:
+    """The reward: a scorer for each reward model, function and endpoint."""
+    batch_size = config.rollout.micro_batch_size
+    scorers = {name: RewardScorer(model, models.policy, batch_size) for name, model in models.rewards.items()}
+    by_term = {term: [scorers[name] for name in settings.inputs(term)] for term, settings in config.reward.items()}
+    texts = {
+        term: text_scorer(f"{context.job.stage}.reward.{term}", settings, context)
+        for term, settings in config.reward.items()
+        if not settings.is_model
+    }
+    return Rewarder(config.reward, by_term, texts, models.policy.renderer)
+
+
+def text_scorer(where: str, settings: RewardTerm, context: Context) -> TextScorer:
+    """The function or the endpoint of a term. Raises ConfigError when it cannot be used."""
+    if settings.function is not None:
+        return partial(call_function, load_function(settings.function, where), where=where)
+    notice = partial(Console(stderr=True).print, style="yellow", markup=False, highlight=False)
+    return RemoteReward(settings, where, should_stop=lambda: context.stop.is_set, notice=notice)
+
+
+def new_demonstrations(
+    config: Config, context: Context, renderer: Renderer, accelerator: Accelerator
+) -> Demonstrations | None:
+    """What PPO-ptx mixes in. Raises DataError when no row is short enough."""
+    if config.ptx is None:
+        return None
+    dataset = load_rows(config.ptx.data, Role.DEMONSTRATIONS, context)
+    rows = [demonstration_row(renderer, row) for row in dataset.train]
+    turns = [turn for row in rows if len(row["input_ids"]) <= config.ptx.max_length for turn in assistant_turns(row)]
+    if not turns:
+        raise DataError(Problem("ptx.data", f"none of {len(rows)} rows has at most {config.ptx.max_length} tokens"))
+    return Demonstrations(turns, config.ptx.batch_size, context.seed("ptx"), renderer.pad_id, accelerator.device)
+
+
+def assistant_turns(row: TokenRow) -> list[tuple[list[int], list[int]]]:
+    """What came before and what was said, for every turn of the assistant in a conversation."""
+    ids, is_said = row["input_ids"], [label != -100 for label in row["labels"]]
+    edges = [at for at in range(1, len(ids)) if is_said[at] != is_said[at - 1]] + [len(ids)]
+    return [(ids[:start], ids[start:end]) for start, end in pairwise(edges) if is_said[start]]
+
+
+def warmup_rollouts(config: Config, models: Models) -> int:
+    """Rollouts on which only the critic is trained."""
+    if models.critic is None:
+        return 0
+    if config.critic.warmup_rollouts is not None:
+        return config.critic.warmup_rollouts
+    return 0 if models.critic_is_informed else min(WARMUP_ROLLOUTS, config.rollouts // 10)
+
+
+def training_questions(policy: Opened, prompts: list[Prompt], config: Config) -> tuple[list[Question], int]:
     """Each different prompt that is short enough, and how many are not. Prompts are never cut.
 
     Raises DataError when none is left, ConfigError when prompt and response together exceed the model's context.

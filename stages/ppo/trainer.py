@@ -1,10 +1,10 @@
-"""The PPO trainer: what is computed from a batch of responses, and how the two models are improved with it.
+"""The trainer: what is computed from a batch of responses, and how actor and critic are improved with it.
 
-    trainer.observe(responses, scores) -> Rollout      log-probabilities, values, rewards, advantages
-    trainer.improve(rollout, index)    -> metrics      epochs of minibatches, actor and critic
+    trainer.observe(responses, token_scores) -> Rollout      log-probabilities, values, rewards, advantages
+    trainer.improve(rollout, index)          -> metrics      epochs of minibatches, actor and critic
 
-It knows nothing of text, data or engines. `actor`, `critic` and `reference` are modules with the call signature of a
-Hugging Face model; actor and reference give logits (B,L,V), the critic (B,L,1).
+It knows nothing of text, data or engines, and not whether roles share a model: whatever a role computes, forward and
+backward, happens inside `role.active()`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import NumericError
+from align.models.roles import Role
 from align.recipe.settings import OptimSettings
-from align.training.logprobs import response_logprobs, response_values
-from align.training.masked import ALONE, Processes, correlation, masked_sum, moments, whiten
+from align.training.logprobs import response_states, state_logprobs, state_values
+from align.training.masked import ALONE, Processes, masked_sum
 from align.training.schedule import learning_rate_factor
-from stages.ppo import kl
-from stages.ppo.advantages import explained_variance, gae
 from stages.ppo.alarms import check_same_policy
 from stages.ppo.config import Config
-from stages.ppo.losses import policy_loss, value_loss
-from stages.ppo.rewards import assemble, missing_eos
+from stages.ppo.ema import Ema
+from stages.ppo.estimators import estimate, shape
+from stages.ppo.kl import adapted
+from stages.ppo.losses import kl_loss, policy_loss, value_loss
+from stages.ppo.metrics import update_metrics
+from stages.ppo.packing import micro_batches
+from stages.ppo.ptx import Demonstrations
+from stages.ppo.rewards import assemble
 from stages.ppo.rollout import Responses, Rollout
 
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
@@ -34,65 +39,68 @@ Only other batch shapes round differently."""
 
 
 class PPOTrainer:
-    """Actor, critic, frozen reference, and their two optimisers.
+    """Actor, critic (None for estimators without one), frozen reference, and the optimisers.
 
-    `processes` sums and maximises over all processes: every sum over tokens is divided once, by the valid tokens of
-    the whole optimiser step over all micro-batches and processes. `precision` is the dtype of the forward passes.
+    `processes` sums and maximises over all processes: every sum over tokens is divided once, by the weight of the whole
+    optimiser step over all micro-batches and processes. `precision` is the dtype of the forward passes. On the first
+    `warmup` rollouts only the critic is trained. `demonstrations` are what PPO-ptx mixes in.
     """
 
     def __init__(
         self,
         config: Config,
-        actor: nn.Module,
-        critic: nn.Module,
-        reference: nn.Module,
+        actor: Role,
+        critic: Role | None,
+        reference: Role,
         *,
         seed: int,
+        warmup: int = 0,
         processes: Processes = ALONE,
         precision: torch.dtype = torch.float32,
+        demonstrations: Demonstrations | None = None,
     ):
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.warmup = config, seed, warmup
         self.actor, self.critic, self.reference = actor, critic, reference
-        self.processes = processes
-        self.optimisers = {
-            "actor": _optimiser(actor, config.optim),
-            "critic": _optimiser(critic, config.critic.optim),
-        }
+        self.processes, self.demonstrations = processes, demonstrations
+        self.shares_states = config.has_critic and config.critic.kind == "shared-head"
+        self.models = {"actor": actor} | ({} if critic is None else {"critic": critic})
+        self.settings = {"actor": config.optim, "critic": config.critic.optim}
+        self.optimisers = {name: _optimiser(role, self.settings[name]) for name, role in self.models.items()}
+        self.ema = Ema(dict(actor.named_parameters()), config.ema) if config.ema else None
         self.precision, self.rounding = precision, ROUNDING[precision]
+        self.kl_coef = config.kl.coef
+        """Weight of the KL; moves with kl.target."""
         self.num_steps = 0
-        """Optimiser steps taken: rollouts x epochs x minibatches."""
+        """Optimiser steps taken."""
 
     @torch.no_grad()
-    def observe(self, responses: Responses, scores: Tensor) -> Rollout:
+    def observe(self, responses: Responses, token_scores: Tensor) -> Rollout:
         """What the models say of the responses before they are updated, and the advantages that follow from it.
 
-        `scores` (B,) are the reward model's. The old log-probabilities are recomputed here, by the code that will
-        compute the new ones, and not taken from the engine: the first ratio must be 1.
+        `token_scores` (B,T) are the rewards' own: an outcome is on the last token of its row. The old log-probabilities
+        are recomputed here, by the code that will compute the new ones, and not taken from the engine: the first ratio
+        must be 1.
         """
-        config, mask = self.config, responses.mask
-        parts: dict[str, list[Tensor]] = defaultdict(list)
-        for index in torch.arange(len(responses.lengths)).split(config.micro_batch_size):
-            batch = responses.rows(index)
-            arguments = (batch.input_ids, batch.attention_mask, batch.width)
-            temperature = config.rollout.temperature
-            with self._autocast():
-                logp, entropy = response_logprobs(self.actor, *arguments, temperature, with_entropy=True)
-                reference, _ = response_logprobs(self.reference, *arguments, temperature)
-                values = response_values(self.critic, *arguments)
-            assert entropy is not None
-            for name, part in zip(
-                ("logp", "ref", "values", "entropy"), (logp, reference, values, entropy), strict=True
-            ):
-                parts[name].append(nn.functional.pad(part, (0, responses.width - batch.width)))
-        logp, logp_ref, values, entropy = (
-            torch.where(mask, torch.cat(parts[name]), 0) for name in ("logp", "ref", "values", "entropy")
+        config = self.config
+        seen = self._look(responses)
+        values = seen.get("values")
+        token_scores = token_scores.to(seen["logp"].dtype)
+        shaped, counted = shape(config, token_scores, responses)
+        in_reward = self.kl_coef if config.kl.estimator == "k1" else 0.0
+        rewards = assemble(shaped, seen["logp"], seen["reference"], responses.lengths, in_reward)
+        advantages, returns = estimate(config, rewards, values, responses, counted, self.processes.sum)
+        return Rollout(
+            responses,
+            shaped.sum(1),
+            counted,
+            seen["logp"],
+            seen["reference"],
+            seen["entropy"],
+            rewards,
+            advantages,
+            None if values is None else torch.where(responses.mask, values[:, :-1], 0),
+            returns,
         )
-        scores = missing_eos(scores.to(logp.dtype), responses.finished, config.missing_eos)
-        rewards = assemble(scores, logp, logp_ref, responses.lengths, config.kl.coef)
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask, self.processes.sum)
-        return Rollout(responses, scores, logp, logp_ref, values, rewards, advantages, returns, entropy)
 
     def improve(self, rollout: Rollout, index: int) -> dict[str, float]:
         """Epochs of minibatches over rollout number `index` (from 0). Returns the averages over all updates.
@@ -102,86 +110,223 @@ class PPOTrainer:
         """
         config = self.config
         self._set_learning_rates(index)
-        train_actor = index >= config.critic.warmup_rollouts
+        train_actor = index >= self.warmup
         totals: dict[str, float] = defaultdict(float)
-        rows = len(rollout.responses.lengths)
+        updates = 0
         for epoch in range(config.epochs):
-            generator = torch.Generator().manual_seed(self.seed + 100_003 * (index * config.epochs + epoch))
-            order = torch.randperm(rows, generator=generator)
-            for number, minibatch in enumerate(order.tensor_split(config.minibatches)):
-                stats = self._step(rollout, minibatch, train_actor, is_first=epoch == number == 0)
+            for minibatch in self._minibatches(len(rollout.counted), index * config.epochs + epoch):
+                stats = self._step(rollout, minibatch, train_actor, is_first=updates == 0)
+                if stats is None:
+                    break
+                updates += 1
                 for name, value in stats.items():
                     totals[name] = max(totals[name], value) if name.endswith("_max") else totals[name] + value
-        count = config.epochs * config.minibatches
-        averages = {name: value if name.endswith("_max") else value / count for name, value in totals.items()}
-        return _named(averages, self.optimisers["actor"].param_groups[0]["lr"] if train_actor else 0.0)
+            else:
+                continue
+            break
+        averages = {name: value if name.endswith("_max") else value / updates for name, value in totals.items()}
+        if self.ema is not None and train_actor:
+            self.ema.update()
+        rate = self.optimisers["actor"].param_groups[0]["lr"] if train_actor else 0.0
+        return update_metrics({**averages, "updates": float(updates)}, rate)
 
-    def _step(self, rollout: Rollout, minibatch: Tensor, train_actor: bool, is_first: bool) -> dict[str, float]:
-        """One optimiser step of both models on some rows of the rollout. Returns its averages."""
-        weight = float(self.processes.sum(rollout.responses.mask[minibatch].sum()[None].double()))
-        sums: dict[str, Tensor] = {}
-        for part in minibatch.split(self.config.micro_batch_size):
-            for name, value in self._micro_batch(rollout, part, weight, train_actor).items():
-                known = sums.get(name, torch.zeros_like(value))
-                sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value
-        stats = {name: self._average(name, value, weight) for name, value in sums.items()}
+    def adapt(self, measured_kl: float) -> None:
+        """Moves the coefficient towards kl.target, after a rollout was rewarded with it (Ziegler et al. 2019)."""
+        kl = self.config.kl
+        if kl.target is not None:
+            self.kl_coef = adapted(self.kl_coef, measured_kl, kl.target, kl.horizon, self.config.responses)
+
+    def _look(self, responses: Responses) -> dict[str, Tensor]:
+        """logp, reference, entropy (B,T) and, with a critic, values (B,T+1) of all responses; 0 where masked."""
+        config = self.config
+        order = micro_batches(responses.lengths, config.micro_batch_size, config.micro_batch_tokens)
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        for index in order:
+            batch = responses.rows(index)
+            for name, part in self._look_at(batch).items():
+                parts[name].append(nn.functional.pad(part, (0, responses.width - batch.width)))
+        back = torch.cat(order).argsort()
+        return {name: torch.cat(part)[back] for name, part in parts.items()}
+
+    def _look_at(self, batch: Responses) -> dict[str, Tensor]:
+        temperature = self.config.rollout.temperature
+        seen: dict[str, Tensor] = {}
+        with self.actor.active(), self._autocast():
+            states = self._states(self.actor, batch)
+            given = (batch.tokens, batch.mask, temperature)
+            seen["logp"], entropy = state_logprobs(self.actor, states[:, :-1], *given, with_entropy=True)
+            assert entropy is not None
+            seen["entropy"] = entropy
+            if self.critic is not None and self.shares_states:
+                seen["values"] = state_values(self.critic, states)
+        with self.reference.active(), self._autocast():
+            states = self._states(self.reference, batch)
+            seen["reference"], _ = state_logprobs(self.reference, states[:, :-1], *given)
+        if self.critic is not None and not self.shares_states:
+            with self.critic.active(), self._autocast():
+                seen["values"] = state_values(self.critic, self._states(self.critic, batch))
+        return seen
+
+    def _minibatches(self, rows: int, number: int) -> tuple[Tensor, ...]:
+        """The rows of each optimiser step of pass `number`, in a fresh order."""
+        generator = torch.Generator().manual_seed(self.seed + 100_003 * number)
+        return torch.randperm(rows, generator=generator).tensor_split(self.config.minibatches)
+
+    def _step(self, rollout: Rollout, minibatch: Tensor, train_actor: bool, is_first: bool) -> dict[str, float] | None:
+        """One optimiser step on some rows of the rollout. Returns its averages; None when no step is to be taken any
+        more, because there is nothing to learn from or the policy has moved far enough."""
+        tokens = self._total(rollout.learned[minibatch].sum())
+        if tokens == 0:
+            return None
+        weight = tokens
+        if self.config.normaliser == "constant":
+            weight = self._total(torch.tensor(len(minibatch))) * self.config.rollout.max_response_tokens
+        sums = self._accumulate(rollout, minibatch, weight, train_actor)
+        stats = {name: self._average(name, value, tokens) for name, value in sums.items()}
         if is_first and train_actor:
             check_same_policy(stats["log_ratio_max"], self.rounding)
-        models = {"actor": self.actor, "critic": self.critic} if train_actor else {"critic": self.critic}
-        settings = {"actor": self.config.optim, "critic": self.config.critic.optim}
-        for name, model in models.items():
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings[name].max_grad_norm)
-            stats[f"{name}_grad_norm"] = float(norm)
-        self._refuse_non_finite({name: stats[f"{name}_grad_norm"] for name in models})
-        for name in models:
-            self.optimisers[name].step()
-        for optimiser in self.optimisers.values():
-            optimiser.zero_grad(set_to_none=True)
-        self.num_steps += 1
+        limit = self.config.clip.approxkl
+        if limit is not None and stats.get("approxkl", 0.0) > limit:
+            self._zero_grad()
+            return None
+        if train_actor and self.demonstrations is not None:
+            stats["ptx_loss"] = self._add_demonstrations()
+        self._update(stats, train_actor)
         return stats
+
+    def _update(self, stats: dict[str, float], train_actor: bool) -> None:
+        """Clips each model's gradient by its own norm, notes the norms, and steps."""
+        trained = {name: role for name, role in self.models.items() if train_actor or name != "actor"}
+        for name, role in trained.items():
+            limit = self.settings[name].max_grad_norm
+            stats[f"{name}_grad_norm"] = float(nn.utils.clip_grad_norm_(list(role.parameters()), limit))
+        self._refuse_non_finite({name: stats[f"{name}_grad_norm"] for name in trained})
+        for name in trained:
+            self.optimisers[name].step()
+        self._zero_grad()
+        self.num_steps += 1
+
+    def _accumulate(self, rollout: Rollout, minibatch: Tensor, weight: float, train_actor: bool) -> dict[str, Tensor]:
+        """Gradients of the minibatch, a micro-batch at a time; returns sums over its tokens, and maxima."""
+        config = self.config
+        minibatch = minibatch[rollout.learned[minibatch].any(1)]
+        sums: dict[str, Tensor] = {}
+        lengths = rollout.responses.lengths[minibatch]
+        for part in micro_batches(lengths, config.micro_batch_size, config.micro_batch_tokens):
+            for name, value in self._micro_batch(rollout, minibatch[part], weight, train_actor).items():
+                known = sums.get(name, torch.zeros_like(value))
+                sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value
+        return sums
 
     def _micro_batch(self, rollout: Rollout, index: Tensor, weight: float, train_actor: bool) -> dict[str, Tensor]:
         """Adds the gradients of some rows; returns sums over their tokens."""
-        config, batch = self.config, rollout.responses.rows(index)
-        arguments, mask = (batch.input_ids, batch.attention_mask, batch.width), batch.mask
-        logp_old, advantages, old_values, returns = (
-            tensor[index, : batch.width]
-            for tensor in (rollout.logp_old, rollout.advantages, rollout.values, rollout.returns)
-        )
+        batch = rollout.responses.rows(index)
         stats: dict[str, Tensor] = {}
-        if train_actor:
-            with self._autocast():
-                logp, entropy = response_logprobs(
-                    self.actor, *arguments, config.rollout.temperature, with_entropy=config.entropy_coef > 0
-                )
-            policy_sum, stats = policy_loss(logp, logp_old, advantages, mask, config.clip.policy)
-            stats["policy_loss"] = policy_sum.detach()
-            objective = policy_sum
-            if entropy is not None:
-                objective = policy_sum - config.entropy_coef * masked_sum(entropy, mask)
-            (objective / weight).backward()
-        with self._autocast():
-            values = response_values(self.critic, *arguments)
-        value_sum, value_stats = value_loss(values, old_values, returns, mask, config.clip.value)
-        (value_sum / weight).backward()
-        return {**stats, "value_loss": value_sum.detach(), "value_clipfrac": value_stats["clipfrac"]}
+        shared = self.shares_states
+        if train_actor or shared:
+            with self.actor.active():
+                with self._autocast(), torch.set_grad_enabled(train_actor):
+                    states = self._states(self.actor, batch)
+                objective = states.new_zeros(())
+                if train_actor:
+                    objective, stats = self._policy_objective(rollout, index, batch, states)
+                if shared:
+                    value_sum, value_stats = self._value_objective(rollout, index, batch, states)
+                    objective, stats = objective + self.config.critic.coef * value_sum, {**stats, **value_stats}
+                (objective / weight).backward()
+        if self.critic is not None and not shared:
+            with self.critic.active():
+                with self._autocast():
+                    states = self._states(self.critic, batch)
+                value_sum, value_stats = self._value_objective(rollout, index, batch, states)
+                (value_sum / weight).backward()
+                stats |= value_stats
+        return stats
 
-    def _average(self, name: str, value: Tensor, weight: float) -> float:
+    def _policy_objective(
+        self, rollout: Rollout, index: Tensor, batch: Responses, states: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the actor minimises on some rows: sums over their tokens."""
+        config = self.config
+        columns = slice(0, batch.width)
+        old, reference, advantages, learned = (
+            tensor[index, columns]
+            for tensor in (rollout.logp_old, rollout.logp_ref, rollout.advantages, rollout.learned)
+        )
+        with self._autocast():
+            logp, entropy = state_logprobs(
+                self.actor,
+                states[:, :-1],
+                batch.tokens,
+                learned,
+                config.rollout.temperature,
+                with_entropy=config.entropy_coef > 0,
+            )
+        objective, stats = policy_loss(logp, old, advantages, learned, config.clip)
+        stats["policy_loss"] = objective.detach()
+        if entropy is not None:
+            objective = objective - config.entropy_coef * masked_sum(entropy, learned)
+        if config.kl.estimator == "k2":
+            penalty = kl_loss(logp, old, reference, learned)
+            objective, stats["kl_loss"] = objective + self.kl_coef * penalty, penalty.detach()
+        return objective, stats
+
+    def _value_objective(
+        self, rollout: Rollout, index: Tensor, batch: Responses, states: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the critic minimises on some rows: sums over their tokens."""
+        assert self.critic is not None and rollout.values is not None and rollout.returns is not None
+        old, returns, learned = (
+            tensor[index, : batch.width] for tensor in (rollout.values, rollout.returns, rollout.learned)
+        )
+        with self._autocast():
+            values = state_values(self.critic, states)[:, :-1]
+        value_sum, stats = value_loss(values, old, returns, learned, self.config.clip.value)
+        return value_sum, {"value_loss": value_sum.detach(), "value_clipfrac": stats["clipfrac"]}
+
+    def _add_demonstrations(self) -> float:
+        """Adds the gradient of PPO-ptx: coef * mean negative log-likelihood per response token (Ouyang et al. 2022).
+        It joins the same optimiser step: in one of its own Adam would take the coefficient out again."""
+        assert self.demonstrations is not None and self.config.ptx is not None
+        batch = self.demonstrations.batch(self.num_steps)
+        tokens = self._total(batch.lengths.sum())
+        total = 0.0
+        for index in micro_batches(batch.lengths, self.config.micro_batch_size, self.config.micro_batch_tokens):
+            part = batch.rows(index)
+            with self.actor.active():
+                with self._autocast():
+                    states = self._states(self.actor, part)
+                    logp, _ = state_logprobs(self.actor, states[:, :-1], part.tokens, part.mask, 1.0)
+                loss = -masked_sum(logp, part.mask)
+                (self.config.ptx.coef * loss / tokens).backward()
+            total += float(loss.detach())
+        return self._total(torch.tensor(total)) / tokens
+
+    def _states(self, role: Role, batch: Responses) -> Tensor:
+        return response_states(role, batch.input_ids, batch.attention_mask, batch.width)
+
+    def _total(self, count: Tensor) -> float:
+        """The sum of a number over all processes."""
+        return float(self.processes.sum(count[None].double()))
+
+    def _average(self, name: str, value: Tensor, tokens: float) -> float:
         """A sum over tokens divided by their number, or a maximum, over all processes."""
         if name.endswith("_max"):
             return float(self.processes.max(value[None].double()))
-        return float(self.processes.sum(value[None].double())) / weight
+        return self._total(value) / tokens
 
     def _autocast(self) -> torch.autocast:
-        device = next(self.actor.parameters()).device.type
-        return torch.autocast(device, dtype=self.precision, enabled=self.precision is not torch.float32)
+        return torch.autocast(self.actor.device.type, dtype=self.precision, enabled=self.precision is not torch.float32)
+
+    def _zero_grad(self) -> None:
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
 
     def _set_learning_rates(self, index: int) -> None:
-        settings = {"actor": self.config.optim, "critic": self.config.critic.optim}
         for name, optimiser in self.optimisers.items():
-            factor = learning_rate_factor(settings[name], index, self.config.rollouts)
+            factor = learning_rate_factor(self.settings[name], index, self.config.rollouts)
             for group in optimiser.param_groups:
-                group["lr"] = settings[name].lr * factor
+                group["lr"] = self.settings[name].lr * factor
 
     def _refuse_non_finite(self, norms: dict[str, float]) -> None:
         for name, norm in norms.items():
@@ -192,66 +337,9 @@ class PPOTrainer:
                 )
 
 
-def rollout_metrics(
-    rollout: Rollout, coef: float, raw_scores: Tensor, processes: Processes = ALONE
-) -> dict[str, float]:
-    """What a rollout looks like before the update. Token averages are over valid tokens of all processes."""
-    reduce = processes.sum
-    mask, lengths = rollout.responses.mask, rollout.responses.lengths.double()
-    finished = rollout.responses.finished
-    kl_summary = kl.summary(rollout.logp_old, rollout.logp_ref, mask, reduce)
-    scores = moments(rollout.scores, reduce=reduce)
-    returns = moments(rollout.returns, mask, reduce)
-    num_finished = float(reduce(finished.sum()[None].double()))
-    return {
-        **kl_summary,
-        "objective/scores": scores.mean,
-        "objective/scores_std": scores.variance**0.5,
-        "objective/scores_min": -float(processes.max(-rollout.scores.min()[None].double())),
-        "objective/scores_max": float(processes.max(rollout.scores.max()[None].double())),
-        "objective/raw_scores": moments(raw_scores, reduce=reduce).mean,
-        "objective/non_score_reward": -coef * kl_summary["objective/kl"],
-        "objective/rlhf_reward": scores.mean - coef * kl_summary["objective/kl"],
-        "objective/entropy": moments(masked_sum(rollout.entropy, mask, dim=1), reduce=reduce).mean,
-        "policy/entropy_avg": moments(rollout.entropy, mask, reduce).mean,
-        "val/explained_variance": explained_variance(rollout.values, rollout.returns, mask, reduce),
-        "val/return_mean": returns.mean,
-        "val/return_var": returns.variance,
-        "val/response_length": moments(lengths, reduce=reduce).mean,
-        "val/num_eos_tokens": num_finished,
-        "val/eos_rate": num_finished / moments(lengths, reduce=reduce).count,
-        # Of the reward model's own scores: the missing-EOS rule lowers those of the longest responses.
-        "val/score_length_corr": correlation(raw_scores, lengths, reduce),
-    }
-
-
-def _named(averages: dict[str, float], learning_rate: float) -> dict[str, float]:
-    """The trainer's averages under the names that PPO dashboards know."""
-    metrics = {
-        "loss/value_avg": averages["value_loss"],
-        "val/clipfrac_avg": averages["value_clipfrac"],
-        "val/grad_norm": averages["critic_grad_norm"],
-        "lr": learning_rate,
-    }
-    if "policy_loss" in averages:
-        low, high = averages["clipfrac_low"], averages["clipfrac_high"]
-        metrics |= {
-            "loss/policy_avg": averages["policy_loss"],
-            "policy/approxkl_avg": averages["approxkl"],
-            "policy/clipfrac_avg": low + high,
-            "policy/clipfrac_low": low,
-            "policy/clipfrac_high": high,
-            "policy/grad_norm": averages["actor_grad_norm"],
-            "val/ratio": averages["ratio"],
-            "val/ratio_var": averages["ratio_squared"] - averages["ratio"] ** 2,
-            "val/ratio_max": averages["ratio_max"],
-        }
-    return metrics
-
-
-def _optimiser(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
+def _optimiser(role: Role, settings: OptimSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        list(role.parameters()),
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from align.recipe.settings import Data, OptimSettings, Role, Settings, TrainingSettings
+from align.recipe.settings import Data, OptimSettings, Role, Settings, TrainingSettings, source
 from align.recipe.spec import Kind, Slot, StageSpec
 
 
@@ -26,7 +26,7 @@ class Config(TrainingSettings):
     kind: Literal["reward"] = "reward"
     """Stage kind."""
 
-    policy: str | None = None
+    policy: str | None = source()
     """What the reward model starts from. None: `sft`, else `base`, else the recipe's `model`."""
 
     data: Data | None = None

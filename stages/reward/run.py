@@ -24,6 +24,7 @@ from align.models.load import HIGHEST_FIELD
 from align.models.lora import add_lora, trainable_parameters, without_wrapper
 from align.models.opened import Opened, commit_reward, open_as_reward, open_policy
 from align.models.reward import normalise, score_sequences
+from align.models.roles import reward_role
 from align.recipe.settings import EvaluationSettings, Role
 from align.training.rows import TokenRow, load_rows, preference_row, token_rows
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
@@ -39,11 +40,11 @@ class PairTrainer(CommittedTrainer, RewardTrainer):
 
 
 def run(config: Config, context: Context) -> StageResult:
-    """Trains the head and backbone on pairs, normalises, commits, measures on held-out pairs."""
+    """Trains the head and backbone on pairs, normalises, measures on held-out pairs, commits."""
     set_seed(context.seed("weights"))
     assert config.data is not None
     dataset = load_rows(config.data, Role.PREFERENCES, context)
-    opened = open_as_reward(context.input("policy"), config.data.template)
+    opened = open_as_reward(context.input("policy"), config.data.template, quantise=config.quantise)
     convert = partial(preference_row, opened.renderer)
     train, too_long = token_rows(dataset.train, convert, config, context.job.stage)
     held_out, _ = token_rows(dataset.held_out, convert, config, context.job.stage)
@@ -66,7 +67,8 @@ def run(config: Config, context: Context) -> StageResult:
         shown={"loss": "loss", "accuracy": "accuracy", "margin": "margin"},
     )
     samples = reference_samples(config, context, opened, train)
-    mean, std = normalise_on(without_wrapper(model).eval(), samples, train[: len(samples)], opened.renderer.pad_id)
+    reward = without_wrapper(model).eval()
+    mean, std = normalise_on(reward, samples, train[: len(samples)], opened.renderer.pad_id)
     probes = [_chosen(row) for row in (held_out or train)[:NUM_PROBES]]
     counts = {
         "trained_parameters": trainable_parameters(model),
@@ -74,11 +76,10 @@ def run(config: Config, context: Context) -> StageResult:
         "rows_too_long": too_long,
         "rows_skipped": len(dataset.report.skipped),
     }
-    reward, handover = commit_reward(context.commit_model(), model, opened, probes)
-
     after = score_all(reward, samples, opened.renderer.pad_id)
     scale = {"reference_mean": float(after.mean()), "reference_std": float(after.std(unbiased=False))}
     measured = held_out_metrics(reward, held_out, opened.renderer.pad_id) if held_out else {}
+    _, handover = commit_reward(context.commit_model(), model, opened, probes)
     return StageResult({**measured, **scale, "raw_mean": mean, "raw_std": std, **counts}, handover)
 
 
@@ -114,7 +115,8 @@ def reference_samples(config: Config, context: Context, opened: Opened, train: S
     """Prompt and response ids sampled from the starting policy on training prompts: the distribution on which the
     score is to have mean 0 and standard deviation 1 (Ziegler et al. 2019)."""
     assert config.data is not None
-    policy = open_policy(context.input("policy"), config.data.template).model.to(opened.model.device)
+    policy = open_policy(context.input("policy"), config.data.template, quantise=config.quantise).model
+    policy.to(opened.model.device)
     count = config.normalise.samples
     prompts = [train[index % len(train)]["prompt_ids"] for index in range(count)]
     renderer = opened.renderer
@@ -136,8 +138,9 @@ def reference_samples(config: Config, context: Context, opened: Opened, train: S
 @torch.no_grad()
 def score_all(model: Any, sequences: Sequence[list[int]], pad_id: int) -> torch.Tensor:
     """Scores (N,) of many sequences, a batch at a time."""
+    role = reward_role(model)
     batches = [sequences[start : start + SCORING_BATCH] for start in range(0, len(sequences), SCORING_BATCH)]
-    return torch.cat([score_sequences(model, batch, pad_id) for batch in batches])
+    return torch.cat([score_sequences(role, batch, pad_id) for batch in batches])
 
 
 def _chosen(row: TokenRow) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings
+from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings, source
 from align.recipe.spec import Kind, Slot, StageSpec
 
 
@@ -15,7 +15,7 @@ class Config(TrainingSettings):
     kind: Literal["sft"] = "sft"
     """Stage kind."""
 
-    policy: str | None = None
+    policy: str | None = source()
     """What is trained: a stage, a local folder or a hub id. None: the `base` stage, else the recipe's `model`."""
 
     data: Data | None = None

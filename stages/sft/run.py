@@ -12,10 +12,12 @@ from align.context import Context
 from align.data.rows import Prompt
 from align.evaluation.likelihood import token_loss
 from align.evaluation.stage import evaluate_stage, held_out_prompts, sampler
+from align.generation.transformers_engine import TransformersEngine
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import commit_policy, open_policy
+from align.models.roles import causal_role
 from align.recipe.settings import EvaluationSettings, Role
 from align.training.rows import demonstration_row, load_rows, token_rows
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
@@ -27,11 +29,11 @@ class DemonstrationTrainer(CommittedTrainer, SFTTrainer):
 
 
 def run(config: Config, context: Context) -> StageResult:
-    """Loads the policy, trains on the assistant's tokens, commits, measures."""
+    """Loads the policy, trains on the assistant's tokens, measures, commits."""
     set_seed(context.seed("weights"))
     assert config.data is not None
     dataset = load_rows(config.data, Role.DEMONSTRATIONS, context)
-    opened = open_policy(context.input("policy"), config.data.template)
+    opened = open_policy(context.input("policy"), config.data.template, quantise=config.quantise)
     convert = partial(demonstration_row, opened.renderer)
     train, too_long = token_rows(dataset.train, convert, config, context.job.stage)
     held_out, _ = token_rows(dataset.held_out, convert, config, context.job.stage)
@@ -55,10 +57,11 @@ def run(config: Config, context: Context) -> StageResult:
         sample=sampler(context, evaluation, model, opened.renderer, prompts),
         samples_every=config.samples_every,
     )
-    loss = {"held_out_loss": token_loss(model, held_out, opened.renderer.pad_id)} if held_out else {}
+    loss = {"held_out_loss": token_loss(causal_role(model), held_out, opened.renderer.pad_id)} if held_out else {}
     probes = [row["input_ids"] for row in (held_out or train)[:NUM_PROBES]]
     trained = trainable_parameters(model)
-    policy, handover = commit_policy(context.commit_model(), model, opened, probes)
-    metrics = evaluate_stage(context, evaluation, policy, opened.renderer, prompts)
+    engine = TransformersEngine(model, evaluation.batch_size)
+    metrics = evaluate_stage(context, evaluation, engine, causal_role(model), opened.renderer, prompts)
+    _, handover = commit_policy(context.commit_model(), model, opened, probes)
     counts = {"rows": len(train), "rows_too_long": too_long, "rows_skipped": len(dataset.report.skipped)}
     return StageResult({**metrics, **loss, "trained_parameters": trained, **counts}, handover)

@@ -18,7 +18,10 @@ def here(tmp_path, monkeypatch) -> None:
     ("incomplete", "options"),
     [
         ("s", ["sft", "seed="]),
-        ("ppo.kl", ["ppo.kl=", "ppo.kl.coef="]),
+        ("rl", ["rloo"]),
+        ("ppo.kl.c", ["ppo.kl.coef="]),
+        ("grpo.kl.estimator=", ["grpo.kl.estimator=k1", "grpo.kl.estimator=k2"]),
+        ("ppo.reward", ["ppo.reward="]),
         ("ppo.optim.e", ["ppo.optim.eps="]),
         ("evaluation.g", ["evaluation.gold="]),
         ("ppo.precision=", ["ppo.precision=auto", "ppo.precision=float32", "ppo.precision=bfloat16"]),

@@ -21,6 +21,18 @@ sft: {data: sft.jsonl}
 reward: {}
 ppo: {}
 """
+ENSEMBLE = """
+name: mine
+data: rows.jsonl
+base: {steps: 1}
+sft: {data: sft.jsonl}
+rm_a: {kind: reward, lora: {rank: 4}}
+rm_b: {kind: reward}
+ppo: {reward: [rm_a, rm_b], lora: {rank: 4}}
+rloo:
+  policy: base
+  reward: {short: {function: "lengths:short"}}
+"""
 NO_TORCH = """
 import sys
 from align.cli import main
@@ -43,12 +55,12 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def align(folder: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
+def align(folder: Path, *arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
     """stdout and stderr of a command that must not import torch."""
     done = subprocess.run(
         [sys.executable, "-c", NO_TORCH, *arguments],
         cwd=folder,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": "200", **environment},
         capture_output=True,
         text=True,
         timeout=60,
@@ -68,6 +80,53 @@ def test_the_short_form_is_the_whole_chain(here: Path) -> None:
         "reward": "reward",
     }
     assert {stage["action"] for stage in plan["stages"]} == {"run"}
+
+
+def test_an_ensemble_is_made_and_the_plan_says_which_models_will_be_in_memory(here: Path) -> None:
+    """rm_a is an adapter on the sft that PPO freezes, so it needs no model of its own; rm_b was trained whole."""
+    (here / "align.yaml").write_text(ENSEMBLE)
+    out, _ = align(here, "plan", "ppo", "--json")
+    stages = {stage["stage"]: stage for stage in json.loads(out)["stages"]}
+    assert list(stages) == ["base", "sft", "rm_a", "rm_b", "ppo"]
+    inputs = {key: value["source"] for key, value in stages["ppo"]["inputs"].items()}
+    assert inputs == {"policy": "sft", "reference": "sft", "reward.1": "rm_a", "reward.2": "rm_b"}
+    first, second = stages["ppo"]["models"]
+    assert first.startswith("sft: actor (adapter")
+    assert all(role in first for role in ("critic (adapter)", "reference", "reward.1 (adapter)"))
+    assert second == "rm_b: reward.2 (frozen)"
+    assert stages["rm_a"]["models"] == []
+
+
+def test_a_reward_function_needs_no_reward_model_and_is_looked_for_before_anything_runs(here: Path) -> None:
+    (here / "align.yaml").write_text(ENSEMBLE)
+    _, err = align(here, "plan", "rloo", code=2)
+    assert "error: rloo.reward.short.function: no module 'lengths' (" in err
+    (here / "lengths.py").write_text("import torch\ndef shrt(batch): ...\n")
+    _, err = align(here, "plan", "rloo", code=2)
+    assert "no function 'short' in" in err and "did you mean `shrt`?" in err
+    (here / "lengths.py").write_text("import torch\ndef short(batch): ...\n")
+    out, _ = align(here, "plan", "rloo", "--json")
+    stages = json.loads(out)["stages"]
+    assert [stage["stage"] for stage in stages] == ["base", "rloo"]
+    assert stages[-1]["inputs"].keys() == {"policy", "reference"}
+
+
+def test_the_demo_has_every_member_of_the_family(here: Path) -> None:
+    for kind in ("ppo", "rloo", "grpo"):
+        out, _ = align(here, "plan", kind, "-c", "demo", "--json")
+        assert [stage["stage"] for stage in json.loads(out)["stages"]] == ["base", "sft", "reward", kind]
+
+
+def test_the_models_in_memory_are_listed_below_the_plan_and_fit_a_terminal(here: Path) -> None:
+    (here / "align.yaml").write_text(ENSEMBLE)
+    (here / "lengths.py").write_text("def short(batch): ...\n")
+    out, _ = align(here, "plan", "ppo", "rloo", COLUMNS="80")
+    table = out[out.index("models in memory") :]
+    rows = [line.split()[:2] for line in table.splitlines()]
+    assert rows.count(["ppo", "1"]) == rows.count(["rloo", "1"]) == 1
+    assert "rm_b: reward.2 (frozen)" in table
+    assert max(map(len, out.splitlines()[1:])) <= 80
+    assert "models in memory" not in align(here, "plan", "sft")[0]
 
 
 def test_no_stage_named_means_every_stage_and_the_recipe_is_told(here: Path) -> None:

@@ -42,11 +42,24 @@ def test_every_kind_is_documented(kind):
 
 def test_a_setting_has_type_default_and_documentation():
     output = show("ppo")
-    assert "ppo.kl.coef  number, at least 0  = 0.05\n    Weight of the per-token log-ratio in the reward." in output
+    assert "ppo.kl.coef  number, at least 0  = 0.05\n    Weight beta of the KL." in output
     assert "ppo.precision  auto | float32 | bfloat16  = auto" in output
     assert "ppo.optim.betas  list of 2 (number, at least 0, at most 1)  = [0.9, 0.999]" in output
     assert "ppo.data.path  text or list of (text)  = (required)" in output
     assert "ppo.optim.lr  number, over 0  = 3e-06" in output
+
+
+def test_settings_under_a_name_of_the_recipes_choice_are_documented_once():
+    output = show("ppo")
+    assert "\nppo.reward  settings by name\n" in output
+    assert "\nppo.reward.<name>.weight  number  = 1.0\n" in output
+
+
+def test_a_kind_shows_its_own_defaults():
+    """grpo shares its folder with ppo, not its estimator nor its KL."""
+    output = show("grpo")
+    assert "\ngrpo.estimator  grpo  = grpo\n" in output
+    assert "\ngrpo.kl.estimator  k1 | k2  = k2\n" in output
 
 
 def test_settings_that_never_rerun_anything_say_so():

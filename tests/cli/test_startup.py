@@ -34,6 +34,7 @@ def run(monkeypatch, raised: BaseException | None, *arguments: str) -> int | str
         ["run", "--help"],
         ["show"],
         ["show", "ppo"],
+        ["show", "rloo"],
         ["show", "ppo", "--json"],
         ["env"],
         ["init", "--list"],

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from align.evaluation.likelihood import preference_metrics, response_logprob_sums, right_pad, token_loss
+from align.models.roles import causal_role
 from tests.models.tiny import demo_texts
 
 CLOSE = 1e-3
@@ -30,7 +31,7 @@ def naive_sum(model, prompt: list[int], response: list[int]) -> float:
 def test_response_logprob_sums_equal_a_naive_loop(policy):
     """log p(response | prompt): every response token counts, the stop token included, and no prompt token does."""
     rows = rows_of(policy)
-    sums = response_logprob_sums(policy.model, *zip(*rows, strict=True), policy.renderer.pad_id)
+    sums = response_logprob_sums(causal_role(policy.model), *zip(*rows, strict=True), policy.renderer.pad_id)
     assert sums == pytest.approx([naive_sum(policy.model.eval(), *row) for row in rows], abs=CLOSE)
 
 
@@ -38,8 +39,9 @@ def test_response_logprob_sums_equal_a_naive_loop(policy):
 def test_response_logprob_sums_do_not_depend_on_the_batch(policy, batch_size):
     """Nor on what the padding is: PAD may be any id."""
     prompts, responses = zip(*rows_of(policy), strict=True)
-    expected = response_logprob_sums(policy.model, prompts, responses, policy.renderer.pad_id, 3)
-    sums = response_logprob_sums(policy.model, prompts, responses, policy.tokenizer.eos_token_id, batch_size)
+    role = causal_role(policy.model)
+    expected = response_logprob_sums(role, prompts, responses, policy.renderer.pad_id, 3)
+    sums = response_logprob_sums(role, prompts, responses, policy.tokenizer.eos_token_id, batch_size)
     assert sums == pytest.approx(expected, abs=CLOSE)
 
 
@@ -52,7 +54,8 @@ def test_token_loss_equals_a_naive_loop(policy):
     labelled = [
         {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response} for prompt, response in rows
     ]
-    assert token_loss(policy.model, labelled, policy.renderer.pad_id) == pytest.approx(-total / count, abs=1e-4)
+    loss = token_loss(causal_role(policy.model), labelled, policy.renderer.pad_id)
+    assert loss == pytest.approx(-total / count, abs=1e-4)
 
 
 def test_preference_metrics_worked_example(policy, other):
@@ -69,7 +72,7 @@ def test_preference_metrics_worked_example(policy, other):
             for side in ("chosen_ids", "rejected_ids")
         ]
         right += gains[0] > gains[1] + CLOSE
-    metrics = preference_metrics(policy.model, other.model, rows, policy.renderer.pad_id)
+    metrics = preference_metrics(causal_role(policy.model), causal_role(other.model), rows, policy.renderer.pad_id)
     assert metrics["accuracy"] == right / len(rows)
     assert metrics["pairs"] == len(rows)
     assert 0 < metrics["accuracy"] < 1
@@ -78,7 +81,8 @@ def test_preference_metrics_worked_example(policy, other):
 def test_a_policy_equal_to_its_reference_ranks_nothing(policy):
     """All margins are 0, and 0 is not right."""
     rows = [{"prompt_ids": prompt, "chosen_ids": [5], "rejected_ids": [6]} for prompt, _ in rows_of(policy)]
-    assert preference_metrics(policy.model, policy.model, rows, 0)["accuracy"] == 0
+    role = causal_role(policy.model)
+    assert preference_metrics(role, role, rows, 0)["accuracy"] == 0
 
 
 def test_right_pad():
@@ -91,7 +95,8 @@ def test_right_pad():
 def test_models_are_left_in_their_mode(policy):
     """Measuring in the middle of training does not switch dropout off for the rest of it."""
     policy.model.train()
-    response_logprob_sums(policy.model, [[5]], [[6]], 0)
-    token_loss(policy.model, [{"input_ids": [5, 6], "labels": [-100, 6]}], 0)
+    role = causal_role(policy.model)
+    response_logprob_sums(role, [[5]], [[6]], 0)
+    token_loss(role, [{"input_ids": [5, 6], "labels": [-100, 6]}], 0)
     assert policy.model.training
     policy.model.eval()

@@ -16,6 +16,7 @@ from align.evaluation.policy import evaluate_policy, load_gold
 from align.evaluation.stage import held_out_prompts
 from align.generation.engine import Sampling
 from align.generation.transformers_engine import TransformersEngine
+from align.models.roles import causal_role
 from align.recipe.settings import EvaluationSettings
 from tests.models.tiny import demo_texts
 
@@ -28,9 +29,9 @@ SETTINGS = EvaluationSettings(gold="align.demo.world:gold_scores", prompts=10, m
 
 def evaluate(policy, settings=SETTINGS, **extra):
     return evaluate_policy(
-        policy.model,
-        policy.renderer,
         TransformersEngine(policy.model, settings.batch_size),
+        causal_role(policy.model),
+        policy.renderer,
         PROMPTS,
         settings,
         seed=7,
@@ -47,13 +48,13 @@ def test_every_number_is_that_of_the_samples(policy, other):
         scored.extend(samples.rows())
         return torch.tensor([float(len(row)) for row in samples.rows()])
 
-    metrics, rows = evaluate(policy, reference=other.model, scorer=scorer)
+    metrics, rows = evaluate(policy, reference=causal_role(other.model), scorer=scorer)
     assert metrics["prompts"] == len(rows) == 10
     assert [row["prompt"] for row in rows] == [prompt.messages[-1]["content"] for prompt in PROMPTS[:10]]
     assert [row["gold"] for row in rows] == [world.gold(row["prompt"], row["response"]) for row in rows]
     assert metrics["gold"] == pytest.approx(sum(row["gold"] for row in rows) / 10)
     ids = [policy.renderer.prompt(prompt.messages) for prompt in PROMPTS[:10]]
-    ours, theirs = (response_logprob_sums(model, ids, scored, 0) for model in (policy.model, other.model))
+    ours, theirs = (response_logprob_sums(causal_role(model), ids, scored, 0) for model in (policy.model, other.model))
     assert [row["kl"] for row in rows] == pytest.approx([a - b for a, b in zip(ours, theirs, strict=True)], abs=1e-3)
     assert metrics["kl"] > 0  # samples of the policy are likelier under it than under another model
     assert [policy.renderer.decode(row) for row in scored] == [row["response"] for row in rows]
@@ -66,7 +67,7 @@ def test_every_number_is_that_of_the_samples(policy, other):
 
 def test_kl_of_a_policy_to_itself_is_zero(policy):
     """The same code path for policy and reference: the difference is exactly 0."""
-    metrics, _ = evaluate(policy, reference=policy.model)
+    metrics, _ = evaluate(policy, reference=causal_role(policy.model))
     assert metrics["kl"] == 0
 
 

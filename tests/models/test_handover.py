@@ -17,10 +17,11 @@ from align.models.handover import BOUNDS, PROBES_FILE, probe_values, verify_load
 from align.models.lora import add_lora, merged, trainable_parameters, without_wrapper
 from align.models.opened import commit_policy, commit_reward, open_as_reward, open_policy, open_reward
 from align.models.reward import normalise, score_sequences
+from align.models.roles import reward_role
 from align.models.save import save_model
 from align.recipe.settings import LoraSettings
 from align.records import committed_folder, read_manifest
-from tests.models.tiny import model_input, probes
+from tests.models.tiny import model_input, probes, trained_adapter
 
 EXACT = 1e-4
 """Sum of about 30 log-probabilities, each of a merged weight that was rounded once more in float32."""
@@ -33,17 +34,6 @@ def logprob_sums(model, sequences) -> list[float]:
         logprobs = model(input_ids=torch.tensor([ids])).logits[0].detach().log_softmax(-1)
         sums.append(sum(float(logprobs[place, token]) for place, token in enumerate(ids[1:])))
     return sums
-
-
-def trained_adapter(model, *, is_reward: bool = False):
-    """A model with an adapter that has learnt something: B is no longer 0, a reward head has moved."""
-    lora = add_lora(model, LoraSettings(rank=4, alpha=8), is_reward=is_reward)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in lora.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
-                parameter.normal_(std=0.1)
-    return lora.eval()
 
 
 def test_saved_policy_loads_with_plain_from_pretrained(base, policy):
@@ -118,13 +108,13 @@ def test_committed_lora_reward_is_the_effective_model(base, tmp_path):
     rows = probes(opened.renderer)
     lora = trained_adapter(opened.model, is_reward=True)
     model = without_wrapper(lora)
-    scores = score_sequences(model, rows, 0).detach()
+    scores = score_sequences(reward_role(model), rows, 0).detach()
     normalise(model, float(scores.mean()), float(scores.std()))
-    expected = score_sequences(model, rows, 0).tolist()
+    expected = score_sequences(reward_role(model), rows, 0).tolist()
     folder = tmp_path / "model"
     commit_reward(committed_folder(folder), lora, opened, rows)
     loaded = open_reward(model_input(folder), "auto").model
-    assert score_sequences(loaded, rows, 0).tolist() == pytest.approx(expected, abs=EXACT)
+    assert score_sequences(reward_role(loaded), rows, 0).tolist() == pytest.approx(expected, abs=EXACT)
     plain = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=1)
     on_base = PeftModel.from_pretrained(plain, str(folder / "adapter"))
     on_base.config.reward_offset = loaded.config.reward_offset

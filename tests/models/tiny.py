@@ -12,7 +12,9 @@ from align.data.render import Renderer
 from align.data.rows import Document
 from align.demo import world
 from align.job import Input
+from align.models.lora import add_lora
 from align.models.opened import Opened, commit_policy
+from align.recipe.settings import LoraSettings
 from align.records import committed_folder
 from stages.base.config import Config
 from stages.base.run import new_model, train_tokenizer
@@ -61,6 +63,17 @@ def save_policy(opened: Opened, folder: Path) -> Input:
     """Commits a policy as a stage does, and names it as a stage's input."""
     commit_policy(committed_folder(folder), opened.model, opened, probes(opened.renderer))
     return model_input(folder)
+
+
+def trained_adapter(model: Any, *, is_reward: bool = False) -> Any:
+    """A model with an adapter that has learnt something: B is no longer 0, a reward head has moved."""
+    lora = add_lora(model, LoraSettings(rank=4, alpha=8), is_reward=is_reward)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.normal_(std=0.1)
+    return lora.eval()
 
 
 def model_input(folder: Path, kind: str = "policy", source: str = "start") -> Input:

@@ -13,7 +13,8 @@ from toy_stages import SPECS
 from align.errors import ConfigError
 from align.job import Job
 from align.pipeline.external import HashCache
-from align.pipeline.fingerprint import make_jobs, module_file
+from align.pipeline.fingerprint import make_jobs
+from align.pipeline.functions import module_file
 from align.pipeline.graph import build_graph
 from align.pipeline.reasons import changes
 from align.recipe.load import load_recipe
@@ -51,7 +52,7 @@ def job(*overrides: str, specs: Mapping[str, StageSpec] = SPECS, stage: str = "s
         ("data.held_out=0.2", "data.held_out: 0.1 -> 0.2"),
         ("evaluation.prompts=3", "evaluation.prompts: 256 -> 3"),
         ("evaluation.gold=null", "evaluation.gold: gold:score -> none"),
-        ("evaluation.data=other.jsonl", "evaluation.data"),
+        ("evaluation.data=other.jsonl", "evaluation.data: added"),
         (f"model=org/name@{'b' * 40}", "input policy (org/name): changed"),
         (f"model=org/else@{PIN}", "input policy (org/else): changed"),
     ],
@@ -76,7 +77,7 @@ def test_editing_the_gold_scorer_changes_the_fingerprint(here: Path) -> None:
     after = job()
     assert before.fingerprint != after.fingerprint
     (reason,) = changes(before.identity, after.identity, {})
-    assert reason.startswith("evaluation.gold: its source changed (")
+    assert reason.startswith("evaluation.gold: source changed (")
 
 
 @pytest.mark.parametrize(
@@ -111,9 +112,9 @@ def test_a_gold_module_is_found_without_being_imported(here: Path) -> None:
     (here / "pack").mkdir()
     (here / "pack" / "__init__.py").write_text("raise RuntimeError('imported')")
     (here / "pack" / "inner.py").write_text("raise RuntimeError('imported')")
-    assert module_file("pack.inner") == here / "pack" / "inner.py"
-    assert module_file("align.records").name == "records.py"
+    assert module_file("pack.inner", "here") == here / "pack" / "inner.py"
+    assert module_file("align.records", "here").name == "records.py"
     with pytest.raises(ConfigError, match=r"no module 'pack\.none'"):
-        module_file("pack.none")
+        module_file("pack.none", "here")
     with pytest.raises(ConfigError, match="no module 'nowhere'"):
-        module_file("nowhere")
+        module_file("nowhere", "here")

@@ -217,3 +217,33 @@ def test_a_model_from_another_run_is_known_by_its_record(toy: Toy) -> None:
 def test_a_run_name_must_be_a_folder_name(toy: Toy) -> None:
     assert "not a folder name" in toy.align("run", "sft", "--run", "../x", code=2)
     assert not Path(toy.folder / "x").exists()
+
+
+def test_an_ensemble_runs_as_one_chain_and_a_changed_member_re_runs_its_user(toy: Toy) -> None:
+    """Real processes: the members run before their user, which finds each under a name of its own."""
+    toy.recipe(RECIPE.replace("reward: {}", "a: {kind: reward}\nb: {kind: reward}"))
+    toy.align("run", "ppo", "ppo.reward=[a, b]")
+    record = json.loads((toy.directory("ppo") / "record.json").read_text())
+    assert [value["source"] for value in record["inputs"].values()] == ["sft", "sft", "a", "b"]
+    assert set(toy.actions("ppo", "ppo.reward=[a, b]").values()) == {"reuse"}
+    stages = toy.plan("ppo", "ppo.reward=[a, b]", "b.lr=0.2")
+    assert {name: stage["action"] for name, stage in stages.items()} == {
+        **dict.fromkeys(["base", "sft", "a"], "reuse"),
+        **dict.fromkeys(["b", "ppo"], "stale"),
+    }
+    assert stages["ppo"]["reasons"] == ["input reward.2 (b): changed"]
+    assert "reward.2: b" in toy.align("lineage", str(toy.directory("ppo")))
+
+
+def test_what_an_adapter_was_trained_on_is_known_in_the_same_run_and_in_another(toy: Toy) -> None:
+    """job.json of the run itself, and the record of the stage's folder given to another run, say the same."""
+    lora = "reward.lora={rank: 2, quantise: nf4}"
+    toy.align("run", "ppo", lora)
+    sft = json.loads((toy.directory("sft") / "record.json").read_text())["fingerprint"]
+    given = f"ppo.reward={toy.directory('reward')}"
+    toy.align("run", "ppo", given, "--run", "second")
+    (second,) = (toy.folder / "runs" / "second" / "ppo").iterdir()
+    for folder in (toy.directory("ppo"), second):
+        inputs = json.loads((folder / "job.json").read_text())["job"]["inputs"]
+        assert (inputs["reward"]["adapter_of"], inputs["reward"]["quantise"]) == (sft, "nf4")
+        assert (inputs["policy"]["adapter_of"], inputs["policy"]["quantise"]) == (None, None)

@@ -17,7 +17,7 @@ from typing import Literal
 from align.context import Context
 from align.errors import NumericError
 from align.job import StageResult
-from align.recipe.settings import Data, Role, Settings, execution
+from align.recipe.settings import Data, LoraSettings, Role, Settings, execution, source
 from align.recipe.spec import Kind, Slot, StageSpec
 from align.records import committed_folder, sweep
 
@@ -57,8 +57,10 @@ class SftConfig(Config):
 
     kind: Literal["sft"] = "sft"
     """Stage kind."""
-    policy: str | None = None
+    policy: str | None = source()
     """What is trained."""
+    lora: LoraSettings | None = None
+    """Said of what it makes; nothing else follows from it here."""
 
 
 class RewardConfig(SftConfig):
@@ -73,10 +75,16 @@ class PpoConfig(SftConfig):
 
     kind: Literal["ppo"] = "ppo"  # type: ignore[assignment]
     """Stage kind."""
-    reference: str | None = None
+    reference: str | None = source()
     """None: policy."""
-    reward: str | None = None
-    """The reward model."""
+    reward: str | list[str] | None = source()
+    """The reward model, or several."""
+
+    def sources(self, slot: str) -> dict[str, str | None]:
+        """Several reward models are reward.1, reward.2 ..."""
+        if slot == "reward" and isinstance(self.reward, list):
+            return {f"reward.{number}": name for number, name in enumerate(self.reward, 1)}
+        return super().sources(slot)
 
 
 def _spec(config: type[Settings], output: Kind, **inputs: Slot) -> StageSpec:

@@ -14,6 +14,7 @@ children of s are 3s+1 (a), 3s+2 (b), 3s+3 (EOS).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -22,9 +23,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from align.training.logprobs import response_logprobs, response_values
+from align.training.logprobs import response_states, state_logprobs, state_values
 from align.training.masked import length_mask
-from stages.ppo.rewards import assemble
+from stages.ppo.rewards import assemble, at_the_end
 
 PAD, PROMPT, A, B, EOS = range(5)
 VOCABULARY = 5
@@ -147,30 +148,53 @@ def sequence_logprobs(policy: Tensor) -> Tensor:
 
 
 class TableModel(nn.Module):
-    """A causal language model (table of width 3) or a critic (width 1) that looks up the prefix of response
-    tokens.
+    """A role (align.models.roles) that looks up the prefix of response tokens: a causal language model (table of width
+    3) or a critic (width 1).
 
-    It has the call of a Hugging Face model. Prompt tokens and padding, on either side, do not change the
-    prefix. Tokens that are not part of the language have a logit so low that their probability is exactly 0,
-    and no gradient.
+    Its states are one-hot vectors (B,L,STATES) of the prefix and its head is the table. Prompt tokens and padding, on
+    either side, do not change the prefix. Tokens that are not part of the language have a logit so low that their
+    probability is exactly 0, and no gradient.
     """
+
+    width = STATES
 
     def __init__(self, table: Tensor):
         super().__init__()
         self.table = nn.Parameter(table.clone())
+        self.device = self.table.device
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False, **_: object):
-        """(B,L) -> logits (B,L,VOCABULARY), or (B,L,1) for a critic."""
+    @property
+    def module(self) -> TableModel:
+        """What holds its weights."""
+        return self
+
+    body = module
+    """What is called for its states."""
+
+    def active(self) -> AbstractContextManager[None]:
+        """It plays one role only."""
+        return nullcontext()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        """(B,L) -> the states, as a transformer's body gives them."""
         state, states = torch.zeros_like(input_ids[:, 0]), []
         for token, attended in zip(input_ids.T, attention_mask.bool().T, strict=True):
             is_step = attended & (token >= A) & (child(state, token) < STATES)
             state = torch.where(is_step, child(state, token), state)
             states.append(state)
-        rows = self.table[torch.stack(states, dim=1)]
+        one_hot = nn.functional.one_hot(torch.stack(states, dim=1), STATES)
+        return SimpleNamespace(last_hidden_state=one_hot.to(self.table.dtype))
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """(B,L) -> (B,L,STATES)."""
+        return self(input_ids, attention_mask).last_hidden_state
+
+    def head(self, states: Tensor) -> Tensor:
+        """states (...,STATES) -> logits (...,VOCABULARY), or (...,1) of a critic."""
+        rows = states @ self.table
         if rows.shape[-1] == 1:
-            return SimpleNamespace(logits=rows)
-        outside = rows.new_full((*rows.shape[:2], A), -1e4)
-        return SimpleNamespace(logits=torch.cat([outside, rows], dim=-1))
+            return rows
+        return torch.cat([rows.new_full((*rows.shape[:-1], A), -1e4), rows], dim=-1)
 
     def log_policy(self) -> Tensor:
         """The log-probabilities (STATES, 3) that its table stands for."""
@@ -214,14 +238,18 @@ class Path:
         self.mask = length_mask(self.batch.lengths, width)
         self.actor = TableModel(policy)
         arguments = (self.batch.input_ids, self.batch.attention_mask, width)
-        self.logp, _ = response_logprobs(self.actor, *arguments, 1.0)
-        self.ref = response_logprobs(TableModel(world.ref), *arguments, 1.0)[0].detach()
-        self.values = response_values(TableModel(values), *arguments).detach()
+        tokens = self.batch.input_ids[:, -width:]
+        states = response_states(self.actor, *arguments)
+        given = (states[:, :-1], tokens, self.mask, 1.0)
+        self.logp, _ = state_logprobs(self.actor, *given)
+        self.ref = state_logprobs(TableModel(world.ref), *given)[0].detach()
+        self.values = state_values(TableModel(values), states)[:, :-1].detach()
         self.old = self.logp.detach()
         self.beta = world.beta
 
     def rewards(self) -> Tensor:
-        return assemble(self.batch.scores, self.old, self.ref, self.batch.lengths, self.beta)
+        scores = at_the_end(self.batch.scores, self.batch.lengths, self.batch.width)
+        return assemble(scores, self.old, self.ref, self.batch.lengths, self.beta)
 
     def probabilities(self) -> Tensor:
         """pi(y) of each response (B,)."""

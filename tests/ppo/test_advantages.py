@@ -1,4 +1,4 @@
-"""GAE: worked numbers (A, A2, B, C, CB), the definition as a sum (REF), and explained variance."""
+"""GAE: worked numbers (A, A2, B, C, CB, U), the definition as a sum (REF), and explained variance."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from stages.ppo.advantages import explained_variance, gae
+from stages.ppo.advantages import explained_variance, gae, length_lambda, reward_to_go
 
 R, V = [0.0, 0.0, 1.0], [0.5, 0.6, 0.7]
 
@@ -49,15 +49,12 @@ def test_score_on_the_first_padding_token_is_another_estimator(lam, wrong):
 
 
 def test_bootstrap_of_a_cut_response():
-    """A2: r = 0 and V(s_L) = .8: delta = [.1, .1, .1]; .1 + .95 * .1 = .195; .1 + .95 * .195 = .28525."""
-    more = {"bootstrap": torch.tensor([0.8]).double()}
-    cut = run([0.0] * 3, V, [True] * 3, 0.95, finished=torch.tensor([False]), **more)
+    """A2, row 10: r = 0 and V(s_L) = .8: delta = [.1, .1, .1]; .1 + .95 * .1 = .195; .1 + .95 * .195 = .28525. For a
+    row that ended the value after it is 0, which is also what no bootstrap means."""
+    cut = run([0.0] * 3, V, [True] * 3, 0.95, bootstrap=torch.tensor([0.8]))
     assert cut[0] == pytest.approx([0.28525, 0.195, 0.1])
     assert cut[1] == pytest.approx([0.78525, 0.795, 0.8])
-    ended = run(R, V, [True] * 3, 0.95, finished=torch.tensor([True]), **more)
-    assert ended[0] == pytest.approx([0.46575, 0.385, 0.3])
-    with pytest.raises(ValueError, match="finished"):
-        run(R, V, [True] * 3, 0.95, **more)
+    assert run(R, V, [True] * 3, 0.95, bootstrap=torch.zeros(1)) == run(R, V, [True] * 3, 0.95)
 
 
 @pytest.mark.parametrize("junk", [0.0, 100.0, float("nan"), float("inf")])
@@ -88,13 +85,14 @@ def test_recursion_equals_the_definition(holes, gamma, lam):
     mask = torch.arange(9) < torch.randint(1, 10, (16, 1), generator=generator)
     if holes:
         mask &= torch.rand(16, 9, generator=generator) < 0.6
-    finished = torch.rand(16, generator=generator) < 0.5
     bootstrap = torch.randn(16, generator=generator, dtype=torch.float64)
-    ours, returns = gae(rewards, values, mask, gamma, lam, finished, bootstrap)
+    ours, returns = gae(rewards, values, mask, gamma, lam, bootstrap)
+    to_go = reward_to_go(rewards, mask, gamma)
     for i in range(16):
-        after = 0.0 if finished[i] else float(bootstrap[i])
         row = (rewards[i].tolist(), values[i].tolist(), mask[i].tolist())
-        assert ours[i].tolist() == pytest.approx(definition(*row, gamma, lam, after), abs=1e-12)
+        assert ours[i].tolist() == pytest.approx(definition(*row, gamma, lam, float(bootstrap[i])), abs=1e-12)
+        no_critic = (row[0], [0.0] * 9, row[2])
+        assert to_go[i].tolist() == pytest.approx(definition(*no_critic, gamma, 1.0, 0.0), abs=1e-12)
     torch.testing.assert_close(returns, torch.where(mask, ours + values, 0), rtol=0, atol=0)
 
 
@@ -104,6 +102,36 @@ def test_constant_critic_offset(lam, shift):
     plain, _ = run(R, V, [True] * 3, lam)
     offset, _ = run(R, [v + 1 for v in V], [True] * 3, lam)
     assert [o - p for o, p in zip(offset, plain, strict=True)] == pytest.approx(shift)
+
+
+def test_lambda_of_each_row():
+    """Row 46: a lambda per row gives each row what that lambda gives it alone, in the dtype of the values."""
+    rewards, values = torch.tensor([[R] * 3, [V] * 3])
+    lambdas = torch.tensor([0.0, 0.95, 1.0], dtype=torch.float64)
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    ours, returns = gae(rewards, values, mask, 1.0, lambdas)
+    assert ours.dtype is returns.dtype is torch.float32
+    for row, lam in enumerate(lambdas.tolist()):
+        assert torch.equal(ours[row], gae(rewards, values, mask, 1.0, lam)[0][row])
+
+
+def test_length_adaptive_lambda():
+    """U, row 46: 1 - 1/(.05 l). At a fixed .95 a reward 100 tokens away has the weight .95^100 = .6 %; here the weights
+    lambda^t add up to .05 l, so they always cover the same share of a response."""
+    lengths = torch.tensor([1, 20, 50, 100, 500, 1000, 8000])
+    ours = length_lambda(lengths, 0.05)
+    assert ours.tolist() == pytest.approx([0, 0, 0.6, 0.8, 0.96, 0.98, 0.9975])
+    assert pytest.approx(0.005921, abs=1e-6) == 0.95**100
+    assert (1 / (1 - ours[2:])).tolist() == pytest.approx((0.05 * lengths[2:]).tolist())
+
+
+def test_decoupled_lambda():
+    """Row 46: at lambda 1 the critic's targets are the rewards to come, whatever the critic says now: its own errors
+    do not get into them. At .95 they do."""
+    mask = [True] * 3
+    assert run(R, V, mask, 1.0)[1] == pytest.approx(reward_to_go(torch.tensor([R]), torch.ones(1, 3).bool(), 1.0)[0])
+    assert run(R, [v - 5 for v in V], mask, 1.0)[1] == pytest.approx([1.0, 1.0, 1.0])
+    assert run(R, V, mask, 0.95)[1] == pytest.approx([0.96575, 0.985, 1.0])
 
 
 def test_rows_and_padding_are_independent():

@@ -25,6 +25,19 @@ HEALTHY = {
     "val/eos_rate": 0.95,
     "val/response_length": 40.0,
     "val/score_length_corr": 0.2,
+    "val/return_var": 0.9,
+    "val/cut_rank": 0.1,
+    "reward/disagreement": 0.2,
+    "samples/distinct_2": 0.5,
+    "samples/mismatch_kl": 1e-6,
+}
+FACTS = {"max_response_tokens": 100.0, "max_training_score": 4.0, "clip_value": 0.2}
+FIRST = {
+    "policy/entropy_avg": 2.0,
+    "objective/scores": 0.0,
+    "reward/disagreement": 0.15,
+    "samples/distinct_2": 0.6,
+    "val/score_length_corr": 0.1,
 }
 NAN, INF = float("nan"), float("inf")
 
@@ -47,14 +60,19 @@ FAULTS = [
     ("clips_too_much", {"policy/clipfrac_avg": 0.31}, "31% of tokens"),
     ("steps_too_large", {"policy/approxkl_avg": 0.11}, "lower optim.lr"),
     ("entropy_collapse", {"policy/entropy_avg": 0.19}, "was 2 at the start"),
+    ("diversity_falls", {"samples/distinct_2": 0.29}, "at first it was 60%"),
+    ("ensemble_disagrees", {"reward/disagreement": 0.31}, "differ by 0.31 on the responses, at first by 0.15"),
+    ("cutting_pays", {"val/cut_rank": 0.51, "val/eos_rate": 0.94}, "better than 51% of those that end"),
+    ("value_clip_lags", {"val/return_var": 1.01}, "five times clip.value 0.2"),
+    ("engine_differs", {"samples/mismatch_kl": 0.011}, "a KL of 0.011 per token"),
 ]
 
 
 def watch(rollouts, history=None):
     """The names of the alarms of each rollout, the last one's alarms, and the history."""
-    history, names, alarms = history or History(entropy_start=2.0), [], []
+    history, names, alarms = history or History(first=FIRST), [], []
     for metrics in rollouts:
-        alarms, history = check(metrics, history, max_response_tokens=100, max_training_score=4.0)
+        alarms, history = check(metrics, history, FACTS)
         names.append([alarm.name for alarm in alarms])
     return names, alarms, history
 
@@ -97,13 +115,27 @@ def test_absent_and_undefined_metrics_raise_nothing():
     """A rollout that trains only the critic has no policy metrics; a correlation of constants is NaN."""
     metrics = {"val/score_length_corr": NAN, "val/explained_variance": NAN}
     metrics |= {"objective/kl": 0.0, "objective/kl_se": 0.0}
-    assert check(metrics, History(), max_response_tokens=100)[0] == []
+    assert check(metrics, History(), FACTS)[0] == []
 
 
-def test_entropy_is_compared_with_the_first_rollout():
-    alarms, history = check({"policy/entropy_avg": 3.0}, History(), 100)
-    assert (alarms, history.entropy_start) == ([], 3.0)
-    assert check({"policy/entropy_avg": 0.29}, history, 100)[0][0].name == "entropy_collapse"
+def test_what_is_compared_is_remembered_from_the_first_rollout_that_measured_it():
+    """A NaN, such as the correlation of constants, is not a first value."""
+    alarms, history = check({"policy/entropy_avg": 3.0, "val/score_length_corr": NAN}, History(), FACTS)
+    assert (alarms, history.first) == ([], {"policy/entropy_avg": 3.0})
+    alarms, history = check({"policy/entropy_avg": 0.29, "val/score_length_corr": 0.7}, history, FACTS)
+    assert [alarm.name for alarm in alarms] == ["entropy_collapse"]
+    assert history.first == {"policy/entropy_avg": 3.0, "val/score_length_corr": 0.7}
+
+
+def test_a_correlation_that_was_there_from_the_start_is_not_the_policys_doing():
+    history = History(first={"val/score_length_corr": 0.6})
+    assert check({"val/score_length_corr": 0.65}, history, FACTS)[0] == []
+    assert check({"val/score_length_corr": 0.75}, history, FACTS)[0][0].name == "score_follows_length"
+
+
+def test_disagreement_without_a_rising_score_is_no_alarm():
+    metrics = {"reward/disagreement": 1.0, "objective/scores": -0.5}
+    assert watch([metrics] * 3)[0] == [[]] * 3
 
 
 def test_history_survives_a_checkpoint():

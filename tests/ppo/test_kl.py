@@ -1,9 +1,10 @@
-"""KL estimators: values and gradients in closed form (D), sampler mismatch (O9), sums per sequence (K2)."""
+"""KL estimators: values and gradients in closed form (D), sampler mismatch (O9), sums per sequence (K2),
+the adaptive coefficient (K)."""
 
 import pytest
 import torch
 
-from stages.ppo.kl import k1, k2, k3, summary
+from stages.ppo.kl import adapted, k1, k2, k3, summary
 
 LOGITS = torch.tensor([0.2, -0.1, 0.5], dtype=torch.float64)
 REF = torch.tensor([0.0, 0.4, -0.3], dtype=torch.float64).log_softmax(-1)
@@ -92,3 +93,29 @@ def test_sampling_from_the_top_shows_as_a_negative_kl(policy, mean_k1, kl):
     assert ours["objective/kl"] == pytest.approx(mean_k1, abs=1e-5)
     assert ours["objective/kl"] < -3 * ours["objective/kl_se"]
     assert abs(ours["objective/kl"] - ours["objective/kl_k3"]) > 3 * ours["objective/kl_gap_se"]
+
+
+def test_adaptive_coefficient():
+    """K, row 35: KL 12 for a target of 6 is an error of 1, clipped to .2: .15 (1 + .2 * 512 / 10000) = .151536. A KL
+    of 0 is one of -1, clipped to -.2; within the clip it is proportional: 6.6 gives .1."""
+    up = adapted(0.15, 12.0, 6.0, horizon=10_000, episodes=512)
+    assert up == pytest.approx(0.151536)
+    assert adapted(1.0, 0.0, 6.0, 10_000, 512) == pytest.approx(0.98976)
+    assert adapted(1.0, 6.6, 6.0, 10_000, 512) == pytest.approx(1 + 0.1 * 512 / 10_000)
+    assert adapted(0.15, 6.0, 6.0, 10_000, 512) == 0.15
+
+
+def test_adaptive_coefficient_over_many_rollouts():
+    """K: 1.01024^100 = 2.769849, and it has doubled after log 2 / log 1.01024 = 68.04 rollouts, that is, after 69."""
+    coefs = [0.15]
+    for _ in range(100):
+        coefs.append(adapted(coefs[-1], 50.0, 6.0, 10_000, 512))
+    assert coefs[100] / 0.15 == pytest.approx(2.769849, abs=1e-6)
+    assert next(n for n, coef in enumerate(coefs) if coef >= 0.3) == 69
+
+
+def test_adaptive_coefficient_wants_the_kl_of_a_response():
+    """K2, row 34: 60 tokens of .2 are 12 nats, twice the target; fed with the .2 the controller would let go."""
+    logp, mask = torch.full((4, 60), 0.2), torch.ones(4, 60, dtype=torch.bool)
+    measured = summary(logp, torch.zeros(4, 60), mask)["objective/kl"]
+    assert adapted(0.15, measured, 6.0, 10_000, 512) > 0.15 > adapted(0.15, 0.2, 6.0, 10_000, 512)

@@ -19,14 +19,14 @@ from align.errors import ArtifactError, Interrupted, NumericError
 from align.generation.engine import Samples, Sampling
 from align.generation.transformers_engine import TransformersEngine
 from align.job import Job
-from align.models.opened import open_policy, open_reward
-from align.models.value import critic_from_reward
-from align.recipe.settings import CheckpointSettings, OptimSettings
+from align.recipe.settings import CheckpointSettings, DataSettings, LoraSettings, OptimSettings
 from align.training.checkpoints import checkpoint_folder
 from stages.ppo.checkpoint import load_checkpoint
-from stages.ppo.config import Config, CriticSettings, RolloutSettings
+from stages.ppo.config import Config, CriticSettings, KLSettings, PtxSettings, RolloutSettings
 from stages.ppo.loop import Loop, Question
-from stages.ppo.scorer import RewardScorer
+from stages.ppo.models import open_models
+from stages.ppo.ptx import Demonstrations
+from stages.ppo.run import new_rewarder, warmup_rollouts
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import Tiny
 
@@ -39,13 +39,14 @@ Wrap = Callable[[TransformersEngine, Context], Any]
 def make_config(**changes) -> Config:
     optim = OptimSettings(lr=3e-3, eps=1e-5)
     known = {
+        "data": DataSettings(path="prompts.jsonl", template="chat"),
         "rollouts": 4,
         "rollout": RolloutSettings(prompts=6, max_response_tokens=5),
         "epochs": 2,
         "minibatches": 2,
         "micro_batch_size": 4,
         "optim": optim,
-        "critic": CriticSettings(optim=optim),
+        **({} if "estimator" in changes else {"critic": CriticSettings(optim=optim)}),
         "checkpoint": CheckpointSettings(every_steps=1, keep=2),
         "samples_every": 1,
     }
@@ -77,12 +78,17 @@ def make_loop(
     engine."""
     config = config or make_config()
     context = make_context(tiny, directory, seed)
-    policy, reference = (open_policy(context.input(slot), "chat") for slot in ("policy", "reference"))
-    reward = open_reward(context.input("reward"), "chat")
-    critic = critic_from_reward(context.input("reward"), policy.tokenizer, torch.float32)
-    reference.model.eval().requires_grad_(False)
+    torch.manual_seed(context.seed("weights"))
+    models = open_models(config, context, torch.device("cpu"))
+    policy = models.policy
     trainer = PPOTrainer(
-        config, policy.model.train(), critic.train(), reference.model, seed=context.seed("minibatches")
+        config,
+        models.actor,
+        models.critic,
+        models.reference,
+        seed=context.seed("minibatches"),
+        warmup=warmup_rollouts(config, models),
+        demonstrations=Demonstrations([([5, 6], [7, 8, 9]), ([6], [5])], 2, 0, 0) if config.ptx else None,
     )
     engine = TransformersEngine(policy.model, batch_size=4)
     messages = [[{"role": "user", "content": f"{'a ' * number}dog"}] for number in range(QUESTIONS)]
@@ -93,7 +99,7 @@ def make_loop(
         Accelerator(cpu=True),
         trainer,
         wrap(engine, context) if wrap else engine,
-        RewardScorer(reward, policy, batch_size=4),
+        new_rewarder(config, context, models),
         policy.renderer,
         questions,
     )
@@ -138,11 +144,13 @@ def stop_after(calls: int) -> Wrap:
 
 
 def state(loop: Loop) -> dict[str, torch.Tensor]:
-    """Every number that training changes: both models, and the moments and step counts of both optimisers."""
-    tensors = {}
-    for name in ("actor", "critic"):
-        model = getattr(loop.trainer, name)
-        tensors |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
+    """Every number that training changes: all that is trained, its average, and the moments and step counts of the
+    optimisers."""
+    tensors = (
+        {} if loop.trainer.ema is None else {f"ema.{key}": value for key, value in loop.trainer.ema.averages.items()}
+    )
+    for name, role in loop.trainer.models.items():
+        tensors |= {f"{name}.{key}": value for key, value in role.named_parameters()}
         for index, values in loop.trainer.optimisers[name].state_dict()["state"].items():
             tensors |= {f"{name}.optimiser.{index}.{key}": value for key, value in values.items()}
     return tensors
@@ -169,6 +177,7 @@ def assert_same_run(loop: Loop, other: Loop) -> None:
     assert different == []
     assert lines(loop) == lines(other)
     assert loop.trainer.num_steps == other.trainer.num_steps
+    assert loop.trainer.kl_coef == other.trainer.kl_coef
     assert loop.history == other.history
 
 
@@ -255,6 +264,42 @@ def test_stopping_and_resuming_changes_nothing(rollouts, straight, tiny, tmp_pat
     assert_same_run(resumed, straight)
 
 
+VARIANTS = {
+    "adapters": {"lora": LoraSettings(rank=4, alpha=8)},
+    "shared head, averaged": {"critic": CriticSettings(kind="shared-head", optim=OptimSettings(lr=3e-3)), "ema": 0.9},
+    "adaptive KL": {"kl": KLSettings(target=0.01, horizon=20)},
+    "rloo": {"estimator": "rloo", "rollout": RolloutSettings(prompts=3, responses_per_prompt=2, max_response_tokens=5)},
+    "ptx": {"ptx": PtxSettings(data=DataSettings(path="demonstrations.jsonl"), batch_size=2)},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_resumes_bit_for_bit(variant, tiny, tmp_path):
+    """What a variant adds to the state (adapters, a head, an average, a moving coefficient, a place in the
+    demonstrations) is in the checkpoint."""
+    config = make_config(**VARIANTS[variant])
+    whole = make_loop(tiny, tmp_path / "whole", config)
+    whole.run()
+    with pytest.raises(Interrupted):
+        make_loop(tiny, tmp_path / "parts", config, wrap=stop_after(2)).run()
+    resumed = make_loop(tiny, tmp_path / "parts", config)
+    resumed.run()
+    assert_same_run(resumed, whole)
+
+
+def test_the_kl_budget_ends_the_stage(straight, tiny, tmp_path):
+    """The first rollout over the budget is reported and not learned from, and is the last; those before it are those
+    of a run without a budget."""
+    measured = [row["objective/kl"] for row in straight.context.metrics.read()]
+    over = next(index for index, kl in enumerate(measured) if kl > measured[1] * 1.01)
+    loop = make_loop(tiny, tmp_path, make_config(kl=KLSettings(budget=measured[1] * 1.01)))
+    assert loop.run() == over + 1 < 4
+    rows = loop.context.metrics.read()
+    assert [row["objective/kl"] for row in rows] == measured[: over + 1]
+    assert "policy/approxkl_avg" not in rows[-1]
+    assert loop.trainer.num_steps == 4 * over
+
+
 def test_a_signal_during_the_last_rollout_loses_nothing(straight, tiny, tmp_path):
     """The last rollout ends as usual, with a checkpoint, so that starting again, before the policy was committed, has
     nothing left to train."""
@@ -295,7 +340,7 @@ def test_a_crash_between_checkpoints_repeats_the_rollouts(straight, tiny, tmp_pa
     loop = make_loop(tiny, tmp_path, config)
     rollout = loop.rollout
 
-    def crash(index: int) -> dict[str, float]:
+    def crash(index: int) -> tuple[dict[str, float], bool]:
         if index == 3:
             raise MemoryError
         return rollout(index)

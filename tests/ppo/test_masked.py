@@ -28,12 +28,16 @@ def test_mask_counts_the_first_tokens():
 
 
 def test_token_mean_is_not_a_mean_of_means():
-    """Agg: [[1,2,.],[3,4,5]] has the token mean 15/5 = 3; the mean of the row means 1.5 and 4 is 2.75."""
+    """Agg, row 66: [[1,2,.],[3,4,5]] has the token mean 15/5 = 3; the mean of the row means 1.5 and 4 is 2.75. Of the
+    same row sums 3 and 12 the mean is 7.5, and over rows times columns (Dr. GRPO) 15/6 = 2.5."""
     x = torch.tensor([[1.0, 2.0, NAN], [3.0, 4.0, 5.0]])
     mask = length_mask(torch.tensor([2, 3]), 3)
     assert masked_mean(x, mask) == 3.0
     assert masked_sum(x, mask, dim=1).tolist() == [3.0, 12.0]
+    assert masked_sum(x, mask, dim=1).mean() == 7.5
+    assert masked_sum(x, mask) / mask.numel() == 2.5
     assert sum(masked_sum(x[i], mask[i]) for i in range(2)) / mask.sum() == 3.0
+    assert sum(masked_mean(x[i], mask[i]) for i in range(2)) / 2 == 2.75
 
 
 def test_whitening_uses_the_biased_variance():

@@ -1,7 +1,7 @@
 """Where PPO comes to rest: at pi* = ref exp(score / beta) / Z, the optimum of J(pi) = E[score] - beta KL(pi
 || ref).
 
-Expectations are exact: every response is enumerated and weighted by its probability (E, E1, P3, L)."""
+Expectations are exact: every response is enumerated and weighted by its probability (E, E1, E12, O4, P3, L)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from stages.ppo.advantages import gae
+from stages.ppo.config import ClipSettings
 from stages.ppo.losses import policy_loss
-from stages.ppo.rewards import assemble
+from tests.ppo.bandit import REF, SCORES, Draws, descend, tilted
 from tests.ppo.table_model import STATES, Path, World, scores_of_all, sequence_logprobs
 
 LAMBDAS = [0.0, 0.5, 0.95, 1.0]
@@ -44,7 +45,7 @@ def test_expected_gradient_is_the_gradient_of_the_objective(world, lam):
     advantages, _ = gae(path.rewards(), path.values, path.mask, 1.0, lam)
     # The loss is linear in the advantages: weights pi(y) on them make its sum the expectation.
     weighted = advantages * path.probabilities()[:, None]
-    loss, _ = policy_loss(path.logp, path.old, weighted, path.mask, 0.2)
+    loss, _ = policy_loss(path.logp, path.old, weighted, path.mask, ClipSettings())
     (ours,) = torch.autograd.grad(loss, path.actor.table)
     torch.testing.assert_close(ours, -objective_gradient(world, policy), rtol=0, atol=1e-12)
 
@@ -61,15 +62,13 @@ def test_stop_decision_gets_a_gradient(world):
     """P3, row 4: EOS is part of the mask, so its logit is trained wherever a response ended."""
     path = Path(world, world.ref, world.values)
     advantages, _ = gae(path.rewards(), path.values, path.mask, 1.0, 0.95)
-    loss, _ = policy_loss(path.logp, path.old, advantages, path.mask, 0.2)
+    loss, _ = policy_loss(path.logp, path.old, advantages, path.mask, ClipSettings())
     (gradient,) = torch.autograd.grad(loss, path.actor.table)
     ends_at = [0, 1, 2, 4, 5, 7, 8]
     assert (gradient[ends_at, 2].abs() > 1e-6).all()
 
 
-# The bandit of E: one action, ref = [.5, .3, .2], scores [0, 1, 2].
-REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-SCORES = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+# The bandit of E.
 BANDIT = {
     2.0: ([0.325040, 0.321540, 0.353420], 1.028380, 0.083530, 0.861320),
     1.0: ([0.179000, 0.291944, 0.529056], 1.350056, 0.322834, 1.027222),
@@ -79,14 +78,10 @@ BANDIT = {
 
 
 def bandit_gradient(logits: Tensor, beta: float) -> Tensor:
-    """The expected gradient of PPO's loss, each action once, weighted by its probability."""
-    z = logits.clone().requires_grad_()
-    logp = z.log_softmax(-1)[:, None]
-    old, one = logp.detach(), torch.ones(3, dtype=torch.long)
-    rewards = assemble(SCORES, old, REF[:, None], one, beta)
-    advantages, _ = gae(rewards, torch.zeros_like(old), torch.ones_like(old).bool(), 1.0, 1.0)
-    loss, _ = policy_loss(logp, old, advantages * old.exp(), torch.ones_like(old).bool(), 0.2)
-    return torch.autograd.grad(loss, z)[0]
+    """The expected gradient of PPO's loss, k1 in the reward: each action once, weighted by its probability."""
+    draws = Draws(logits)
+    advantages, _ = gae(draws.rewards(beta), torch.zeros_like(draws.old), draws.mask, 1.0, 1.0)
+    return draws.gradient(advantages)
 
 
 @pytest.mark.parametrize("beta", BANDIT)
@@ -105,10 +100,72 @@ def test_bandit_optimum_is_a_fixed_point(beta):
 @pytest.mark.parametrize("beta", [2.0, 1.0, 0.5])
 def test_bandit_descent_reaches_the_optimum(beta):
     """E1: plain gradient descent on the exact gradient, from the reference."""
-    logits = REF.clone()
-    for _ in range(600):
-        logits -= 3 / beta * bandit_gradient(logits, beta)
-    assert (logits.softmax(-1) - (REF + SCORES / beta).softmax(-1)).abs().max() < 1e-6
+    ours = descend(lambda logits: bandit_gradient(logits, beta), rate=3 / beta, steps=600)
+    assert (ours - tilted(SCORES, beta)).abs().max() < 1e-6
+
+
+def test_k2_as_a_loss_reaches_the_optimum():
+    """O4, row 32: with the KL as a loss, on single actions, the optimum is the same pi*, to 1e-8."""
+
+    def gradient(logits):
+        draws = Draws(logits)
+        return draws.gradient(draws.rewards(0.0), kl_coef=1.0)
+
+    assert (descend(gradient) - tilted(SCORES, 1.0)).abs().max() < 1e-8
+
+
+def test_k3_as_a_loss_reaches_another_optimum():
+    """O4, row 32: its gradient is that of KL(ref || pi), so it comes to rest where E[r] - KL(ref || pi) is largest:
+    pi_k = ref_k / (c - r_k), where .5/c + .3/(c-1) + .2/(c-2) = 1 gives c = 2.3534288. It is not on offer."""
+
+    def gradient(logits):
+        draws = Draws(logits)
+        x = draws.policy - REF
+        k3 = torch.expm1(-x) + x
+        return draws.gradient(draws.rewards(0.0), extra=(draws.policy.exp().detach() * k3).sum())
+
+    ours = descend(gradient)
+    assert ours.tolist() == pytest.approx([0.212456, 0.221659, 0.565885], abs=1e-6)
+    assert (REF.exp() / ours + SCORES).tolist() == pytest.approx([2.3534288] * 3, abs=1e-6)
+
+
+def test_both_penalties_at_once_double_the_coefficient():
+    """Row 33: k1 in the reward and k2 as a loss, each at beta .5, rest at the optimum of beta 1. That is why the
+    settings name one estimator."""
+
+    def gradient(logits):
+        draws = Draws(logits)
+        return draws.gradient(draws.rewards(0.5), kl_coef=0.5)
+
+    assert (descend(gradient) - tilted(SCORES, 1.0)).abs().max() < 1e-8
+
+
+def test_an_entropy_bonus_is_a_larger_beta_and_a_flatter_reference():
+    """Row 29: J + c H = E[score] - (beta + c) KL(pi || ref') + const with ref' ~ ref^(beta / (beta + c)), so it rests
+    at softmax((score + beta log ref) / (beta + c)): another optimum, which is why its default is 0."""
+
+    def gradient(logits):
+        draws = Draws(logits)
+        entropy = -(draws.policy.exp() * draws.policy).sum()
+        return draws.gradient(draws.rewards(1.0), extra=-0.5 * entropy)
+
+    expected = ((SCORES + REF) / 1.5).softmax(-1)
+    assert (descend(gradient) - expected).abs().max() < 1e-8
+
+
+def test_an_unseen_action_is_settled_by_the_reference():
+    """E12: only the pair (0, 1) was ever compared. A loss of log(pi_0 / pi_1) alone, like DPO's, is as small when
+    action 2 takes nearly everything; PPO on a reward model that says 0 of the unseen has one optimum, and the second of
+    these policies is not it."""
+    seen = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    settled = tilted(seen, 1.0)
+    drifted = torch.cat([settled[:2] * 0.01, 1 - settled[:2].sum(0, keepdim=True) * 0.01])
+    assert drifted[2] > 0.98
+    margins = [float((policy.log() - REF)[:2].diff()) for policy in (settled, drifted)]
+    assert margins[0] == pytest.approx(margins[1])
+    pulls = [draws.gradient(draws.rewards(1.0)) for draws in (Draws(p.log(), scores=seen) for p in (settled, drifted))]
+    assert pulls[0].abs().max() < 1e-12
+    assert pulls[1][2] > 0.01, "descent takes probability away from it"
 
 
 def test_frontier_inequality():

@@ -11,11 +11,15 @@ from align.job import Job
 from align.models.load import load_tokenizer
 from align.models.opened import Opened, open_policy, open_reward
 from align.models.reward import score_sequences
+from align.models.roles import reward_role
 from align.models.value import critic_from_policy, critic_from_reward
-from align.training.logprobs import response_values
+from align.recipe.settings import DataSettings
+from align.rewards.settings import RewardTerm
+from align.training.logprobs import response_states, state_values
+from stages.ppo.config import Config
+from stages.ppo.models import open_models
 from stages.ppo.rollout import join
-from stages.ppo.run import new_critic
-from stages.ppo.scorer import RewardScorer
+from stages.ppo.scorer import Rewarder, RewardModel, RewardScorer, shares_tokenizer
 from tests.ppo.conftest import REWARD_MEAN, REWARD_STD, Tiny
 
 QUESTION = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a cat?"}]
@@ -43,11 +47,19 @@ def samples_of(rows: list[list[int]], stop: int, pad: int) -> Samples:
     return Samples(ids, torch.tensor([len(row) for row in rows]), torch.tensor([row[-1] == stop for row in rows]))
 
 
+def held(reward: Opened) -> RewardModel:
+    return RewardModel(reward_role(reward.model.eval()), reward.tokenizer, reward.renderer)
+
+
+def scorer(reward: Opened, policy: Opened, batch_size: int) -> RewardScorer:
+    return RewardScorer(held(reward), policy, batch_size)
+
+
 def score(reward: Opened, policy: Opened, rows: list[list[int]], batch_size: int = 3) -> torch.Tensor:
     """What the scorer says of the given response ids to the question."""
     samples = samples_of(rows, policy.renderer.end_of_turn, policy.renderer.pad_id)
     prompt = policy.renderer.prompt(QUESTION)
-    return RewardScorer(reward, policy, batch_size)([QUESTION] * len(rows), [prompt] * len(rows), samples)
+    return scorer(reward, policy, batch_size)([QUESTION] * len(rows), [prompt] * len(rows), samples)
 
 
 def score_texts(reward: Opened, policy: Opened, texts: list[str]) -> torch.Tensor:
@@ -78,13 +90,15 @@ def by_hand(reward: Opened, text: str) -> torch.Tensor:
 def test_the_same_tokenizer_scores_the_very_ids(policy, reward):
     """Row 17: what was sampled is what is scored, even where the text would be tokenised otherwise: `cat` spelled in
     bytes is another sequence than the token that training has made of it."""
-    assert RewardScorer(reward, policy, 1).shares_tokenizer
+    assert shares_tokenizer(held(reward), policy)
     end, prompt = policy.renderer.end_of_turn, policy.renderer.prompt(QUESTION)
     spelled = [*policy.tokenizer.convert_tokens_to_ids(byte_tokens(" cat")), end]
     merged = [*policy.tokenizer(" cat")["input_ids"], end]
     assert len(merged) < len(spelled)
     scores = score(reward, policy, [spelled, merged, spelled, [end]])
-    expected = score_sequences(reward.model, [prompt + row for row in (spelled, merged, spelled, [end])], 0)
+    expected = score_sequences(
+        reward_role(reward.model), [prompt + row for row in (spelled, merged, spelled, [end])], 0
+    )
     torch.testing.assert_close(scores, expected)
     assert abs(float(scores[0] - scores[1])) > 1e-2
     assert scores.dtype is torch.float32
@@ -111,7 +125,7 @@ def test_batches_do_not_matter(policy, reward):
 @torch.no_grad()
 def test_another_tokenizer_scores_the_text_in_its_own_template(policy, other_reward):
     """The response's text, in the reward model's own template and tokens, against the same written out by hand."""
-    assert not RewardScorer(other_reward, policy, 1).shares_tokenizer
+    assert not shares_tokenizer(held(other_reward), policy)
     texts = ["a dog", "", "the cat sat", "x" * 9, " a dog ", "é\t1"]
     expected = torch.stack([by_hand(other_reward, text) for text in texts])
     torch.testing.assert_close(score_texts(other_reward, policy, texts), expected, rtol=0, atol=2e-5)
@@ -127,7 +141,7 @@ def test_text_that_merges_with_the_template_is_scored_too(text, policy, other_re
     tokenizer, renderer = other_reward.tokenizer, other_reward.renderer
     header = tokenizer("[system]\nbe kind[end][user]\na cat?[end][assistant]\n")["input_ids"]
     ids = [*header, *tokenizer(text)["input_ids"], renderer.end_of_turn]
-    expected = score_sequences(other_reward.model, [ids], 0)
+    expected = score_sequences(reward_role(other_reward.model), [ids], 0)
     torch.testing.assert_close(score_texts(other_reward, policy, [text]), expected, rtol=0, atol=2e-5)
 
 
@@ -164,15 +178,15 @@ def test_the_policys_own_control_tokens_are_no_text(policy, other_reward):
 def test_critic_from_reward_starts_as_the_normalised_score(tiny, policy, reward):
     """Row 58: the reward model's normalisation is folded into the critic's head, so that the head applied to the
     state of the EOS is the normalised score, padding or not, in train mode too."""
-    critic = critic_from_reward(tiny.reward, policy.tokenizer, torch.float32).train()
+    critic = critic_from_reward(tiny.reward, policy.tokenizer, torch.float32)
     end, prompt = policy.renderer.end_of_turn, policy.renderer.prompt(QUESTION)
     rows = [[*range(5, 5 + length), end] for length in (1, 6, 3)]
     prompts = [prompt, prompt[3:], prompt[1:]]
-    scores = score_sequences(reward.model, [one + row for one, row in zip(prompts, rows, strict=True)], 0)
+    scores = score_sequences(reward_role(reward.model), [one + row for one, row in zip(prompts, rows, strict=True)], 0)
     # V_t is read one column before token t: the state of the EOS is that in which a token after it would be chosen.
     samples = samples_of([[*row, end] for row in rows], end, policy.renderer.pad_id)
     batch = join(prompts, samples, policy.renderer.pad_id, "cpu")
-    values = response_values(critic, batch.input_ids, batch.attention_mask, batch.width)
+    values = state_values(critic, response_states(critic, batch.input_ids, batch.attention_mask, batch.width))
     last = values[torch.arange(3), batch.lengths - 1]
     torch.testing.assert_close(last, scores, rtol=0, atol=2e-5)
     assert float(scores.std()) > 1e-2
@@ -181,12 +195,11 @@ def test_critic_from_reward_starts_as_the_normalised_score(tiny, policy, reward)
 @torch.no_grad()
 def test_critic_from_policy_is_zero_everywhere(tiny, policy):
     """Row 57: without a reward model to take over, the first advantages are the rewards' own."""
-    critic = critic_from_policy(tiny.llama, policy.tokenizer, torch.float32).train()
+    critic = critic_from_policy(tiny.llama, policy.tokenizer, torch.float32)
     ids = torch.randint(5, len(policy.tokenizer), (4, 12), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(critic(input_ids=ids).logits, torch.zeros(4, 12, 1))
-    head = critic.score.weight
-    assert head.requires_grad
-    assert not head.any()
+    values = state_values(critic, response_states(critic, ids, torch.ones_like(ids), 8))
+    assert torch.equal(values, torch.zeros(4, 9))
+    assert all(parameter.requires_grad for parameter in critic.parameters())
 
 
 @torch.no_grad()
@@ -208,10 +221,15 @@ def test_which_critic_a_run_starts_with(tiny, policy, reward, other_reward, tmp_
             track=[],
             identity={},
         )
-        scorer = RewardScorer(opened, policy, 1)
-        value = float(new_critic(Context(job), policy, scorer).eval()(input_ids=torch.tensor([ids])).logits[0, -1, 0])
-        expected = float(score_sequences(opened.model, [ids], 0)) if scorer.shares_tokenizer else 0.0
-        assert value == pytest.approx(expected, abs=2e-5)
+        config = Config(data=DataSettings(path="prompts.jsonl", template="chat"))
+        models = open_models(config, Context(job), torch.device("cpu"))
+        assert models.critic is not None
+        given = torch.tensor([ids])
+        states = response_states(models.critic, given, torch.ones_like(given), 1)
+        shared = source is tiny.reward
+        assert models.critic_is_informed is shared
+        expected = float(score_sequences(reward_role(opened.model), [ids], 0)) if shared else 0.0
+        assert float(state_values(models.critic, states)[0, -1]) == pytest.approx(expected, abs=2e-5)
 
 
 def test_load_tokenizer_gives_pad_its_own_id(tiny):
@@ -219,3 +237,55 @@ def test_load_tokenizer_gives_pad_its_own_id(tiny):
     for source in (tiny.llama, tiny.other_reward):
         tokenizer = load_tokenizer(source)
         assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+
+
+def lengths_of(batch):
+    """A process reward: token t earns t, and the stop token what it takes to make the row's sum 1."""
+    return [[*map(float, range(len(ids) - 1)), 1.0 - sum(range(len(ids) - 1))] for ids in batch.response_ids]
+
+
+@torch.no_grad()
+def test_terms_are_weighted_and_added_up(policy, reward):
+    """A model, an ensemble of it with itself, a function of whole responses and a process reward: the sum on the right
+    tokens, each term before its weight, and no disagreement between equals."""
+    end, prompt = policy.renderer.end_of_turn, policy.renderer.prompt(QUESTION)
+    rows = [[*range(5, 5 + length), end] for length in (3, 1)]
+    samples = samples_of(rows, end, policy.renderer.pad_id)
+    one = scorer(reward, policy, 4)
+    terms = {
+        "model": RewardTerm(weight=2.0),
+        "twice": RewardTerm(model=["a", "b"], combine="min"),
+        "short": RewardTerm(function="m:short", weight=-0.5),
+        "steps": RewardTerm(function="m:steps"),
+    }
+    texts = {"short": lambda batch: [float(len(ids)) for ids in batch.response_ids], "steps": lengths_of}
+    rewarder = Rewarder(terms, {"model": [one], "twice": [one, one]}, texts, policy.renderer)
+    scores = rewarder([QUESTION] * 2, [prompt] * 2, samples)
+    raw = one([QUESTION] * 2, [prompt] * 2, samples)
+    torch.testing.assert_close(scores.terms["twice"], raw)
+    assert scores.terms["short"].tolist() == [4, 2]
+    assert scores.terms["steps"].tolist() == [1, 1]
+    at_end = 3 * raw - 0.5 * torch.tensor([4.0, 2.0])
+    expected = torch.tensor([[0, 1, 2, -2.0], [0, 1, 0, 0]])
+    expected[0, 3] += at_end[0]
+    expected[1, 1] += at_end[1]
+    torch.testing.assert_close(scores.tokens, expected)
+    torch.testing.assert_close(scores.total, at_end + 1)
+    assert scores.disagreement is not None and float(scores.disagreement.abs().max()) < 1e-6
+
+
+@torch.no_grad()
+def test_what_a_function_is_given(policy):
+    """Text without control tokens, the prompt as text and as messages, and whether the response ended."""
+    seen = []
+    texts = {"spy": lambda batch: seen.append(batch) or [0.0] * len(batch)}
+    rewarder = Rewarder({"spy": RewardTerm(function="m:spy")}, {}, texts, policy.renderer)
+    ids, end = policy.tokenizer("a dog")["input_ids"], policy.renderer.end_of_turn
+    samples = samples_of([[*ids, end], ids], end, policy.renderer.pad_id)
+    rewarder([QUESTION] * 2, [policy.renderer.prompt(QUESTION)] * 2, samples)
+    (batch,) = seen
+    assert batch.responses == ["a dog", "a dog"]
+    assert batch.prompts == ["a cat?", "a cat?"]
+    assert batch.messages == [QUESTION, QUESTION]
+    assert batch.response_ids == [[*ids, end], ids]
+    assert batch.finished == [True, False]

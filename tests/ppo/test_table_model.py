@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from align.training.logprobs import response_logprobs
+from align.training.logprobs import response_states, state_logprobs
 from tests.ppo.table_model import STATES, Batch, TableModel, World, complete_responses, sequence_logprobs
 
 
@@ -18,9 +18,9 @@ def test_the_language():
 def test_batched_logprobs_are_those_of_the_table(prompt_width, width):
     world = World.random(3)
     model, batch = TableModel(world.policy), Batch.of(complete_responses(), prompt_width, width)
-    logp, _ = response_logprobs(model, batch.input_ids, batch.attention_mask, width, 1.0)
+    states = response_states(model, batch.input_ids, batch.attention_mask, width)
     valid = torch.arange(width) < batch.lengths[:, None]
-    ours = torch.where(valid, logp, 0).sum(1)
+    ours = state_logprobs(model, states[:, :-1], batch.input_ids[:, -width:], valid, 1.0)[0].sum(1)
     torch.testing.assert_close(ours.detach(), sequence_logprobs(world.policy), rtol=0, atol=1e-12)
     torch.testing.assert_close(model.log_policy(), world.policy, rtol=0, atol=1e-12)
 

@@ -16,8 +16,11 @@ from align.generation.engine import Samples
 from align.recipe.settings import OptimSettings
 from align.training.schedule import learning_rate_factor
 from stages.ppo.config import ClipSettings, Config, CriticSettings, RolloutSettings
+from stages.ppo.metrics import rollout_metrics
+from stages.ppo.rewards import at_the_end
 from stages.ppo.rollout import Responses, join
-from stages.ppo.trainer import PPOTrainer, rollout_metrics
+from stages.ppo.scorer import Scores
+from stages.ppo.trainer import PPOTrainer
 from tests.ppo.table_model import DEPTH, EOS, PAD, PROMPT, STATES, TableModel, World, complete_responses
 
 ROWS = 8
@@ -40,11 +43,13 @@ def make_trainer(seed: int = 0, **changes) -> PPOTrainer:
         "optim": OptimSettings(lr=0.02, eps=1e-5),
         "critic": CriticSettings(optim=OptimSettings(lr=0.05, eps=1e-5)),
     }
-    return PPOTrainer(Config(**{**known, **changes}), actor, critic, TableModel(world.ref), seed=seed)
+    config = Config(**{**known, **changes})
+    warmup = config.critic.warmup_rollouts or 0
+    return PPOTrainer(config, actor, critic, TableModel(world.ref), seed=seed, warmup=warmup)
 
 
 def make_responses(pad: int = PAD, left: int = 0, right: int = 0) -> tuple[Responses, Tensor]:
-    """Eight of the complete responses after prompts of one to three tokens, and scores of them.
+    """Eight of the complete responses after prompts of one to three tokens, and their token scores.
 
     `left` and `right` are further columns of padding; `pad` is the id that padding has.
     """
@@ -63,7 +68,7 @@ def make_responses(pad: int = PAD, left: int = 0, right: int = 0) -> tuple[Respo
         joined.finished,
         joined.width + right,
     )
-    return batch, torch.linspace(-1, 2, len(picked), dtype=torch.float64)
+    return batch, at_the_end(torch.linspace(-1, 2, len(picked), dtype=torch.float64), lengths, batch.width)
 
 
 def tables(trainer: PPOTrainer) -> Tensor:
@@ -74,7 +79,7 @@ def tables(trainer: PPOTrainer) -> Tensor:
 def after_a_rollout(trainer: PPOTrainer, responses: Responses, scores: Tensor) -> tuple[Tensor, dict[str, float]]:
     """The tables after one rollout, and all metrics of it."""
     rollout = trainer.observe(responses, scores)
-    observed = rollout_metrics(rollout, trainer.config.kl.coef, scores)
+    observed = rollout_metrics(rollout, trainer.kl_coef, Scores(scores, {"reward": scores.sum(1)}, None))
     improved = trainer.improve(rollout, 0)
     return tables(trainer), {**observed, **improved}
 
@@ -161,7 +166,7 @@ def test_a_repeated_batch_gives_the_same_update():
         responses.width,
     )
     once = after_a_rollout(make_trainer(epochs=1, minibatches=1), responses, scores)
-    doubled = after_a_rollout(make_trainer(epochs=1, minibatches=1), twice, scores.repeat(2))
+    doubled = after_a_rollout(make_trainer(epochs=1, minibatches=1), twice, scores.repeat(2, 1))
     torch.testing.assert_close(doubled[0], once[0], rtol=0, atol=1e-12)
 
 

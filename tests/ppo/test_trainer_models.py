@@ -12,12 +12,16 @@ from align.errors import NumericError
 from align.generation.engine import Samples
 from align.job import Input
 from align.models.load import load_policy, load_tokenizer
+from align.models.roles import causal_role
 from align.models.value import critic_from_reward
 from align.recipe.settings import OptimSettings
 from stages.ppo.alarms import check_starts_at_reference
 from stages.ppo.config import Config, CriticSettings, RolloutSettings
+from stages.ppo.metrics import rollout_metrics
+from stages.ppo.rewards import at_the_end
 from stages.ppo.rollout import Responses, join
-from stages.ppo.trainer import PPOTrainer, rollout_metrics
+from stages.ppo.scorer import Scores
+from stages.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import Tiny
 
 ROWS, WIDTH = 8, 7
@@ -25,8 +29,9 @@ ROWS, WIDTH = 8, 7
 
 def make_trainer(policy: torch.nn.Module, tiny: Tiny, **changes) -> PPOTrainer:
     """The policy, a frozen copy of it as the reference, and the critic that the tiny reward model gives."""
-    critic = critic_from_reward(tiny.reward, load_tokenizer(tiny.reward), torch.float32).train()
-    critic.to(next(policy.parameters()).dtype)
+    dtype = next(policy.parameters()).dtype
+    critic = critic_from_reward(tiny.reward, load_tokenizer(tiny.reward), torch.float32)
+    critic.module.to(dtype)
     optim = OptimSettings(lr=1e-3, eps=1e-5)
     known = {
         "rollouts": 4,
@@ -37,7 +42,8 @@ def make_trainer(policy: torch.nn.Module, tiny: Tiny, **changes) -> PPOTrainer:
         "critic": CriticSettings(optim=optim),
     }
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    return PPOTrainer(Config(**{**known, **changes}), policy, critic, reference, seed=0)
+    roles = (causal_role(policy), critic, causal_role(reference))
+    return PPOTrainer(Config(**{**known, **changes}), *roles, seed=0)
 
 
 def make_responses(policy_input: Input, pad: int | None = None) -> tuple[Responses, torch.Tensor]:
@@ -53,12 +59,12 @@ def make_responses(policy_input: Input, pad: int | None = None) -> tuple[Respons
     prompts = [
         torch.randint(5, len(renderer.tokenizer), (1 + row % 5,), generator=generator).tolist() for row in range(ROWS)
     ]
-    return join(prompts, Samples(ids, lengths, finished), pad, "cpu"), torch.linspace(-1, 1, ROWS)
+    responses = join(prompts, Samples(ids, lengths, finished), pad, "cpu")
+    return responses, at_the_end(torch.linspace(-1, 1, ROWS), lengths, responses.width)
 
 
 def weights(trainer: PPOTrainer) -> list[torch.Tensor]:
-    models = (trainer.actor, trainer.critic)
-    return [parameter.detach().clone() for model in models for parameter in model.parameters()]
+    return [parameter.detach().clone() for role in trainer.models.values() for parameter in role.parameters()]
 
 
 @pytest.mark.parametrize("policy_input", ["llama", "gpt2", "dropout_llama"], indirect=True)
@@ -100,7 +106,7 @@ def test_kl_to_a_copied_reference_is_exactly_zero(policy, policy_input, tiny):
     responses, scores = make_responses(policy_input)
     rollout = trainer.observe(responses, scores)
     assert torch.equal(rollout.logp_old, rollout.logp_ref)
-    metrics = rollout_metrics(rollout, trainer.config.kl.coef, scores)
+    metrics = rollout_metrics(rollout, trainer.kl_coef, Scores(scores, {"reward": scores.sum(1)}, None))
     assert metrics["objective/kl"] == metrics["objective/kl_k3"] == metrics["objective/kl_se"] == 0
     check_starts_at_reference(0.0, trainer.rounding)
 
@@ -110,7 +116,7 @@ def test_another_reference_is_noticed(tiny):
     policy = load_policy(tiny.llama, load_tokenizer(tiny.llama), torch.float32)
     trainer = make_trainer(policy, tiny)
     with torch.no_grad():
-        next(trainer.reference.parameters()).mul_(1.05)
+        next(trainer.reference.module.parameters()).mul_(1.05)
     rollout = trainer.observe(*make_responses(tiny.llama))
     with pytest.raises(NumericError, match="differs from its reference"):
         check_starts_at_reference(float((rollout.logp_old - rollout.logp_ref).abs().max()), trainer.rounding)

@@ -6,96 +6,32 @@ the missing-EOS rule, Adam, clipping, the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from align.generation.engine import Samples, Sampling
 from align.recipe.settings import OptimSettings
-from align.training.logprobs import response_values
+from align.training.logprobs import state_values
 from stages.ppo import kl
 from stages.ppo.config import (
     ClipSettings,
     Config,
     CriticSettings,
-    KLSettings,
     MissingEosSettings,
-    RolloutSettings,
 )
-from stages.ppo.rewards import assemble
-from stages.ppo.rollout import Responses, join
+from stages.ppo.rewards import assemble, at_the_end
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.table_model import (
     DEPTH,
-    EOS,
-    PAD,
-    PROMPT,
-    STATES,
-    A,
-    B,
-    Batch,
     TableModel,
     World,
-    child,
-    complete_responses,
 )
+from tests.ppo.table_run import all_responses, policies, settings, trained
 
 LAMBDAS = [0.0, 0.5, 0.95, 1.0]
-ROWS, ROLLOUTS = 256, 300
 BOUND = 2e-3
 """Total variation to pi* that the contract allows (E2); 1e-4 is what it measured."""
-
-
-class TableEngine:
-    """Samples exactly from the distribution of a table, all rows at once."""
-
-    name = "table"
-
-    def __init__(self, model: TableModel):
-        self.model = model
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
-        generator = torch.Generator().manual_seed(sampling.seed)
-        probabilities = self.model.log_policy().exp()
-        state = torch.zeros(len(prompts), dtype=torch.long)
-        is_open = torch.ones(len(prompts), dtype=torch.bool)
-        columns, lengths = [], torch.zeros(len(prompts), dtype=torch.long)
-        for _ in range(sampling.max_tokens):
-            token = A + torch.multinomial(probabilities[state], 1, generator=generator)[:, 0]
-            columns.append(torch.where(is_open, token, sampling.pad_id))
-            lengths += is_open.long()
-            is_open &= ~torch.isin(token, torch.tensor(sampling.stop_ids))
-            state = torch.where(is_open, child(state, token), state)
-        return Samples(torch.stack(columns, 1), lengths, ~is_open)
-
-    def sync(self) -> None:
-        """The table is the trainer's own."""
-
-
-def raw_scores(samples: Samples) -> Tensor:
-    """What a reward model says that knows nothing of cuts: #a - #b / 2 + 1/2 for EOS. Cutting costs 1, by the rule."""
-    counts = [(samples.token_ids == token).sum(1).double() for token in (A, B)]
-    return counts[0] - 0.5 * counts[1] + 0.5 * samples.finished.double()
-
-
-def settings(world: World, **changes) -> Config:
-    optim = OptimSettings(lr=0.05, eps=1e-5)
-    known = {
-        "rollouts": ROLLOUTS,
-        "rollout": RolloutSettings(prompts=ROWS, max_response_tokens=DEPTH),
-        "epochs": 4,
-        "micro_batch_size": ROWS,
-        "whiten_advantages": False,
-        "kl": KLSettings(coef=world.beta),
-        "clip": ClipSettings(value=None),
-        "missing_eos": MissingEosSettings(rule="subtract", value=-1.0),
-        "optim": optim,
-        "critic": CriticSettings(optim=optim),
-    }
-    return Config(**{**known, **changes})
 
 
 def at_the_optimum(world: World, lam: float, whiten: bool) -> tuple[PPOTrainer, Tensor, Tensor]:
@@ -104,36 +40,6 @@ def at_the_optimum(world: World, lam: float, whiten: bool) -> tuple[PPOTrainer, 
     config = settings(world, lam=lam, whiten_advantages=whiten, missing_eos=MissingEosSettings(rule="off"), **ours)
     actor, critic, reference = (TableModel(table) for table in (world.policy, world.values, world.ref))
     return PPOTrainer(config, actor, critic, reference, seed=0), actor.table, critic.table
-
-
-def all_responses(width: int) -> tuple[Responses, Tensor]:
-    """The fifteen complete responses after prompts of one to four tokens, and their scores."""
-    batch = Batch.of(complete_responses(), prompt_width=4, width=width)
-    return Responses(batch.input_ids, batch.attention_mask, batch.lengths, batch.finished, width), batch.scores
-
-
-def policies(world: World, config: Config, first_value: float = 0.0, seed: int = 0) -> Iterator[Tensor]:
-    """The actor's log-probabilities before the first and after every rollout, started at the reference with a critic
-    that says `first_value` everywhere."""
-    actor = TableModel(world.ref)
-    critic = TableModel(torch.full((STATES, 1), first_value, dtype=torch.float64))
-    trainer = PPOTrainer(config, actor, critic, TableModel(world.ref), seed=seed)
-    engine = TableEngine(actor)
-    prompts = [[PROMPT]] * config.rollout.prompts
-    yield actor.log_policy()
-    for index in range(config.rollouts):
-        sampling = Sampling(config.rollout.max_response_tokens, 1.0, (EOS,), PAD, seed=100_000 * seed + index)
-        samples = engine.generate(prompts, sampling)
-        rollout = trainer.observe(join(prompts, samples, PAD, "cpu"), raw_scores(samples))
-        trainer.improve(rollout, index)
-        engine.sync()
-        yield actor.log_policy()
-
-
-def trained(world: World, config: Config) -> Tensor:
-    """The log-probabilities after all rollouts."""
-    *_, last = policies(world, config)
-    return last
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -174,11 +80,11 @@ def test_planted_faults_show(fault, monkeypatch):
             "stages.ppo.trainer.assemble",
             lambda scores, *rest: (
                 assemble(torch.zeros_like(scores), *rest)
-                + torch.nn.functional.one_hot((rest[2] - 2).clamp(min=0), rest[0].shape[1]) * scores[:, None]
+                + at_the_end(scores.sum(1), (rest[2] - 1).clamp(min=1), scores.shape[1])
             ),
         )
     if fault == "values":
-        monkeypatch.setattr("stages.ppo.trainer.response_values", lambda *given: response_values(*given).roll(1, 1))
+        monkeypatch.setattr("stages.ppo.trainer.state_values", lambda *given: state_values(*given).roll(1, 1))
     assert float(trainer.observe(*all_responses(DEPTH)).advantages.abs().max()) > 0.1
 
 
@@ -221,9 +127,9 @@ def test_warm_up_saves_the_policy_from_a_wrong_critic(warmup, falls):
         assert objective[-1] > 0.9 * world.expectations(world.policy)[0]
 
 
-def test_k1_is_the_only_estimator_on_offer():
-    """O3, rows 31 and 33: a recipe cannot ask for another estimator, nor for a KL in the loss."""
-    assert set(KLSettings.model_fields) == {"coef"}
-    for key, value in (("estimator", "k3"), ("in_loss", True)):
-        with pytest.raises(ValidationError):
-            Config.model_validate({"kl": {key: value}})
+@pytest.mark.parametrize("estimator", ["k3", "abs", "mse"])
+def test_other_estimators_are_refused_with_the_reason(estimator):
+    """O3, rows 31 to 33: a recipe cannot ask for them, and is told why; one field says which, so that a KL is never
+    counted in the reward and in the loss."""
+    with pytest.raises(ValidationError, match=r"not on offer.*gradient is not that of the KL"):
+        Config.model_validate({"kl": {"estimator": estimator}})

@@ -12,7 +12,7 @@ import torch
 from align.training.masked import length_mask, whiten
 from stages.ppo.advantages import gae
 from stages.ppo.kl import k1, k3
-from stages.ppo.rewards import assemble
+from stages.ppo.rewards import assemble, at_the_end
 from tests.ppo.table_model import DEPTH, Path, World
 
 LAMBDAS = [0.0, 0.5, 0.95, 1.0]
@@ -45,7 +45,7 @@ def test_planted_score_past_eos(world, lam):
     becomes -(1 - lambda) score; the largest score is 2.5, so .125 at lambda .95, and nothing at lambda 1."""
     path = Path(world, world.policy, world.values)
     lengths = path.batch.lengths + 1
-    rewards = assemble(path.batch.scores, path.old, path.ref, lengths, path.beta)
+    rewards = assemble(at_the_end(path.batch.scores, lengths, DEPTH + 1), path.old, path.ref, lengths, path.beta)
     rewards = torch.where(path.mask, rewards, path.batch.scores[:, None])  # no KL on the padding token
     values, mask = torch.where(path.mask, path.values, 0), length_mask(lengths, DEPTH + 1)
     advantages, _ = gae(rewards, values, mask, 1.0, lam)
@@ -65,7 +65,8 @@ def test_planted_score_at_the_last_column(world):
 def test_planted_kl_sign(world):
     """O2: +beta k1 leaves 2 beta k1 per token."""
     path = Path(world, world.policy, world.values)
-    rewards = assemble(path.batch.scores, path.old, path.ref, path.batch.lengths, -path.beta)
+    scores = at_the_end(path.batch.scores, path.batch.lengths, DEPTH + 1)
+    rewards = assemble(scores, path.old, path.ref, path.batch.lengths, -path.beta)
     advantages, _ = gae(rewards, path.values, path.mask, 1.0, 0.0)
     left = torch.where(path.mask, 2 * path.beta * k1(path.old, path.ref), 0)
     torch.testing.assert_close(advantages, left, rtol=0, atol=1e-12)
@@ -77,7 +78,7 @@ def test_planted_k3_in_the_reward(world):
     token that the policy avoids."""
     path = Path(world, world.policy, world.values)
     token_scores = -path.beta * torch.where(path.mask, k3(path.old, path.ref), 0)
-    rewards = assemble(path.batch.scores, path.old, path.ref, path.batch.lengths, 0.0) + token_scores
+    rewards = at_the_end(path.batch.scores, path.batch.lengths, DEPTH + 1) + token_scores
     advantages, _ = gae(rewards, path.values, path.mask, 1.0, 0.95)
     assert advantages.abs().max() > 1
 
@@ -114,7 +115,7 @@ def test_two_token_tree():
     weights = logp.sum(1).exp()
     assert (weights * scores).sum() == pytest.approx(1.574669, abs=1e-6)
     assert (weights * k1(logp, logp_ref).sum(1)).sum() == pytest.approx(1.213785, abs=1e-6)
-    rewards = assemble(scores, logp, logp_ref, lengths, beta)
+    rewards = assemble(at_the_end(scores, lengths, 2), logp, logp_ref, lengths, beta)
     for lam in LAMBDAS:
         advantages, _ = gae(rewards, values, torch.ones(4, 2).bool(), 1.0, lam)
         assert advantages.abs().max() < 1e-12

@@ -163,6 +163,69 @@ def test_inputs_are_stage_names_before_folders(folder):
     assert config(recipe, "ppo").reference == "org/name@v1"
 
 
+@pytest.mark.parametrize(
+    ("written", "terms"),
+    [
+        ("", {"reward": None}),
+        ("rm", {"reward": "rm"}),
+        ("[rm, ./m]", {"reward": ["rm", "recipes/m"]}),
+        ("{safe: {model: ./m}, good: {model: [rm]}}", {"safe": "recipes/m", "good": ["rm"]}),
+    ],
+)
+def test_reward_models_are_found_at_any_depth(folder, written, terms):
+    """Stages keep their names, folders of the file start from the file's folder."""
+    (folder / "recipes/m").mkdir(parents=True)
+    found = {
+        name: term.model
+        for name, term in config(load(f"rm: {{kind: reward}}\nppo: {{reward: {written}}}\n"), "ppo").reward.items()
+    }
+
+    def absolute(name):
+        return str(folder / name) if "/" in name else name
+
+    assert found == {
+        term: [absolute(name) for name in model] if isinstance(model, list) else model and absolute(model)
+        for term, model in terms.items()
+    }
+
+
+def test_reward_models_on_the_command_line_start_from_here(folder):
+    (folder / "m").mkdir()
+    reward = config(load("reward:\nppo: {reward: reward}\n", "ppo.reward.other.model=[m]"), "ppo").reward
+    assert {name: term.model for name, term in reward.items()} == {"reward": "reward", "other": [str(folder / "m")]}
+
+
+def test_a_term_is_changed_without_losing_the_others():
+    reward = config(
+        load("ppo: {reward: {a: {weight: 2}, b: {url: 'http://x'}}}\n", "ppo.reward.a.combine=min"), "ppo"
+    ).reward
+    assert (reward["a"].weight, reward["a"].combine, reward["b"].url) == (2.0, "min", "http://x")
+
+
+def test_a_relative_of_ppo_keeps_its_own_defaults():
+    """grpo measures the KL as a loss (k2); giving its coefficient must not bring back ppo's k1."""
+    kl = config(load("grpo: {kl: {coef: 0.1}}\n"), "grpo").kl
+    assert (kl.coef, kl.estimator) == (0.1, "k2")
+
+
+def test_further_data_is_located_like_the_rest(folder):
+    recipe = load("ppo: {ptx: {data: a.jsonl}}\n", "rloo.ptx.data.path=b.jsonl")
+    assert config(recipe, "ppo").ptx.data.path == str(folder / "recipes/a.jsonl")
+    assert config(recipe, "rloo").ptx.data.path == str(folder / "b.jsonl")
+
+
+def test_a_shorthand_is_named_as_it_was_written():
+    """The item of a list on its own line; the whole key once the file says it in full."""
+    text = "ppo:\n  reward:\n    - a\nrloo:\n  reward:\n    reward:\n      model:\n        - b\nreward:\n"
+    with pytest.raises(ConfigError) as error:
+        load(text, "grpo.reward=[c]")
+    assert [str(problem).split(": '")[0] for problem in error.value.problems] == [
+        "recipes/align.yaml:3: ppo.reward[0]",
+        "recipes/align.yaml:8: rloo.reward.reward.model[0]",
+        "grpo.reward=[c] (command line): grpo.reward[0]",
+    ]
+
+
 def test_data_option_is_used_when_one_requested_stage_has_no_data_of_its_own():
     recipe = load("sft: {data: a.jsonl}\n", requested=["sft", "dpo"], data="b.jsonl")
     assert recipe.settings.data is not None
@@ -174,6 +237,8 @@ def test_data_option_is_used_when_one_requested_stage_has_no_data_of_its_own():
         "name: x\n",
         "seed: 3\ntrack: [mlflow]\nmodel: a/b@v1\ndata: {path: a.jsonl, columns: {prompt: q}}\nppo:\n",
         "base: {steps: 0}\nsft: {lora: {rank: 2}, trainer_args: {packing: true}}\nx: {kind: dpo}\n",
+        "rm: {kind: reward}\nppo: {reward: [rm, a/b@v1], ptx: {data: a.jsonl}}\n",
+        "rloo:\ngrpo: {reward: {s: {function: 'a:b'}, r: {}}}\n",
         "evaluation: {gold: 'a.b:c', data: e.jsonl}\nppo: {clip: {value: null}, data: [a.jsonl]}\n",
     ],
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
-from align.recipe.schema import complete, dotted, model_at, walk
-from align.recipe.settings import OptimSettings, RecipeSettings
+from align.recipe.schema import complete, dotted, fixed, model_at, places, walk
+from align.recipe.settings import DataSettings, OptimSettings, RecipeSettings, refuse
+from align.rewards.settings import RewardTerm
 from stages import load_specs
 
 SPECS = load_specs()
@@ -31,6 +33,31 @@ def test_model_at():
     assert model_at(SPECS["ppo"].config, ("critic", "optim")) is OptimSettings
     assert model_at(SPECS["ppo"].config, ("gamma",)) is None
     assert model_at(SPECS["ppo"].config, ("gamma", "x")) is None
+    assert model_at(SPECS["ppo"].config, ("reward",)) is None
+    assert model_at(SPECS["ppo"].config, ("reward", "any name")) is RewardTerm
+
+
+def test_keys_below_a_name_of_the_recipes_choice_are_walked_and_not_fixed():
+    config = SPECS["ppo"].config
+    assert "reward.<name>.url" in [setting.key for setting in walk(config)]
+    assert [setting.key for setting in fixed(config) if setting.key.startswith("reward")] == ["reward"]
+
+
+def test_places_are_all_mappings_that_become_settings():
+    """Shorthands are complete by then; what is no mapping, and what is not in the schema, has no place."""
+    config = SPECS["ppo"].config
+    values = complete(config, {"reward": {"a": {"weight": 2}, "b": 5}, "ptx": {"data": "x"}, "kl": 3, "zzz": {}})
+    found = {path: model for model, _, path in places(config, values)}
+    ptx = model_at(config, ("ptx",))
+    assert found == {(): config, ("reward", "a"): RewardTerm, ("ptx",): ptx, ("ptx", "data"): DataSettings}
+
+
+def test_refuse_gives_every_problem_its_own_key():
+    """A validator's problems arrive as errors of the keys they are about; no problem is no error."""
+    refuse({})
+    with pytest.raises(ValidationError) as error:
+        refuse({"a.b": "one", "c": "two {x}"})
+    assert [(item["loc"], item["msg"]) for item in error.value.errors()] == [(("a", "b"), "one"), (("c",), "two {x}")]
 
 
 def test_complete_is_idempotent_and_passes_unknown_keys_through():
