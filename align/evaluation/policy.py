@@ -23,14 +23,26 @@ RewardScorer = Callable[[Sequence[Sequence[Message]], Sequence[list[int]], Sampl
 
 
 def load_gold(name: str | None) -> GoldScorer | None:
-    """The scorer named `module:function`. Raises ConfigError when it cannot be imported."""
+    """The scorer named `module:function`. Raises ConfigError when it cannot be imported; called, when it raises or does
+    not give a score for each response: it is the user's code."""
     if name is None:
         return None
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        scorer = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"evaluation.gold: cannot import {name!r}: {error}; expected module:function") from error
+
+    def gold(questions: Sequence[str], texts: Sequence[str]) -> list[float]:
+        try:
+            scores = [float(score) for score in scorer(questions, texts)]
+        except Exception as error:
+            raise ConfigError(f"evaluation.gold: {name} raised {type(error).__name__}: {error}") from error
+        if len(scores) != len(texts):
+            raise ConfigError(f"evaluation.gold: {name} gave {len(scores)} scores for {len(texts)} responses")
+        return scores
+
+    return gold
 
 
 def evaluate_policy(
@@ -64,7 +76,7 @@ def evaluate_policy(
     ]
     gold = load_gold(settings.gold)
     if gold is not None:
-        scores = _gold_scores(gold, settings.gold, questions, texts)
+        scores = gold(questions, texts)
         metrics["gold"], metrics["gold_ci95"] = mean_interval(scores)
         for row, score in zip(rows, scores, strict=True):
             row["gold"] = score
@@ -84,14 +96,3 @@ def evaluate_policy(
     lengths = [float(length) for length in samples.lengths.tolist()]
     metrics["response_length"], metrics["response_length_ci95"] = mean_interval(lengths)
     return metrics, rows
-
-
-def _gold_scores(gold: GoldScorer, name: str | None, questions: Sequence[str], texts: Sequence[str]) -> list[float]:
-    """Scores by the recipe's scorer, which is the user's code: whatever it raises is reported with its name."""
-    try:
-        scores = [float(score) for score in gold(questions, texts)]
-    except Exception as error:
-        raise ConfigError(f"evaluation.gold: {name} raised {type(error).__name__}: {error}") from error
-    if len(scores) != len(texts):
-        raise ConfigError(f"evaluation.gold: {name} gave {len(scores)} scores for {len(texts)} responses")
-    return scores

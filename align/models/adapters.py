@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -156,7 +157,7 @@ class AdaptedBase:
         self._current = ""  # unknown: peft may have activated what it added
         self._switch(self._rest)
 
-    def _add(self, adapter: str, config: LoraConfig) -> None:
+    def _add(self, adapter: str, config: Any) -> None:
         config.modules_to_save, config.task_type, config.lora_dropout = None, TaskType.CAUSAL_LM, 0.0
         if isinstance(self.model, PeftModel):
             self.model.add_adapter(adapter, config)
@@ -169,9 +170,9 @@ class AdaptedBase:
         try:
             weights = load_file(folder / "adapter_model.safetensors")
             head = weights.pop(HEAD_KEY).float().to(self.model.device)
-            self._add(adapter, LoraConfig.from_pretrained(str(folder)))  # X)
+            self._add(adapter, LoraConfig.from_pretrained(str(folder)))
             result = set_peft_model_state_dict(self.model, weights, adapter)
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ArtifactError(f"{source}: {folder} is no reward adapter on this base: {reason}") from error
         lost = [key for key in result.missing_keys if adapter in key.split(".")] + list(result.unexpected_keys)

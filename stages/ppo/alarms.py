@@ -54,25 +54,19 @@ REMEMBERED = (
     "reward/disagreement",
     "samples/distinct_2",
     "val/score_length_corr",
+    "val/response_length",
 )
 """Metrics that rules compare with their first value, which they know as `first/...`."""
 
 
-def _not_finite(metric: str, what: str) -> Rule:
-    return Rule(
-        f"not_finite:{metric}",
-        (metric,),
-        lambda m: not math.isfinite(m[metric]),
-        f"{what} is {{{metric}}}: lower the learning rate, or look for non-finite scores in samples.jsonl",
-        fatal=True,
-    )
-
-
 RULES = (
-    _not_finite("policy/grad_norm", "the actor's gradient norm"),
-    _not_finite("val/grad_norm", "the critic's gradient norm"),
-    _not_finite("loss/policy_avg", "the policy loss"),
-    _not_finite("loss/value_avg", "the value loss"),
+    Rule(
+        "value_loss_not_finite",
+        ("loss/value_avg",),
+        lambda m: not math.isfinite(m["loss/value_avg"]),
+        "the value loss is {loss/value_avg}: scores are too large for float32; normalise the reward, or set score_clip",
+        fatal=True,
+    ),
     Rule(
         "negative_kl",
         ("objective/kl", "objective/kl_se"),
@@ -88,7 +82,7 @@ RULES = (
         "objective/kl is {objective/kl:.4g} but objective/kl_k3 is {objective/kl_k3:.4g}, more than three "
         "standard errors apart: either responses are not sampled from the policy, or it has left the "
         "reference so far that tokens the reference likes are never drawn",
-        patience=2,
+        patience=5,
     ),
     Rule(
         "few_responses_end",
@@ -106,10 +100,23 @@ RULES = (
     ),
     Rule(
         "score_follows_length",
-        ("val/score_length_corr", "first/val/score_length_corr"),
-        lambda m: m["val/score_length_corr"] > max(0.5, m["first/val/score_length_corr"] + 0.1),
-        "score and length correlate by {val/score_length_corr:.2f}, at first by {first/val/score_length_corr:.2f}: "
-        "the reward model may be paying for length",
+        (
+            "val/score_length_corr",
+            "first/val/score_length_corr",
+            "val/response_length",
+            "first/val/response_length",
+        ),
+        lambda m: (
+            m["val/score_length_corr"] > 0.5
+            and (
+                m["val/score_length_corr"] > m["first/val/score_length_corr"] + 0.1
+                or m["val/response_length"] > 1.25 * m["first/val/response_length"]
+            )
+        ),
+        "score and length correlate by {val/score_length_corr:.2f}, at first by {first/val/score_length_corr:.2f}, and "
+        "responses have {val/response_length:.1f} tokens, at first {first/val/response_length:.1f}: the reward model "
+        "may be paying for length",
+        patience=3,
     ),
     Rule(
         "score_beyond_training",

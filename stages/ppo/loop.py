@@ -18,7 +18,6 @@ from align.data.rows import Message
 from align.errors import Interrupted, NumericError, RolloutError
 from align.evaluation.policy import GoldScorer
 from align.generation.engine import RolloutEngine, Samples, Sampling
-from align.training.checkpoints import checkpoint_folder
 from align.training.progress import StageProgress
 from stages.ppo import alarms
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
@@ -99,9 +98,8 @@ class Loop:
         return done
 
     def save(self, done: int) -> None:
-        """A checkpoint after `done` rollouts, unless there is one."""
-        if done > 0 and not checkpoint_folder(self.context.checkpoints, done).exists():
-            save_checkpoint(self.context, self.trainer, self.history, done, self.config.checkpoint.keep)
+        """A checkpoint after `done` rollouts."""
+        save_checkpoint(self.context, self.trainer, self.history, done, self.config.checkpoint.keep)
 
     def rollout(self, index: int) -> tuple[dict[str, float], bool]:
         """One round: sample, score, observe, improve, sync. Returns its metrics, and whether the KL budget is spent:
@@ -112,7 +110,8 @@ class Loop:
             samples = self.sample(questions, f"rollout {index}")
             scores = self.rewarder([one.messages for one in questions], [one.ids for one in questions], samples)
         except (Interrupted, RolloutError):  # an engine or an endpoint is down: what was learned before is kept
-            self.save(index)
+            if index > 0:
+                self.save(index)
             raise
         device, processes = self.accelerator.device, self.trainer.processes
         responses = join([one.ids for one in questions], samples, self.renderer.pad_id, device)

@@ -149,7 +149,8 @@ def new_demonstrations(
     turns = [turn for row in rows if len(row["input_ids"]) <= config.ptx.max_length for turn in assistant_turns(row)]
     if not turns:
         raise DataError(Problem("ptx.data", f"none of {len(rows)} rows has at most {config.ptx.max_length} tokens"))
-    return Demonstrations(turns, config.ptx.batch_size, context.seed("ptx"), renderer.pad_id, accelerator.device)
+    here = (accelerator.device, accelerator.process_index, accelerator.num_processes)
+    return Demonstrations(turns, config.ptx.batch_size, context.seed("ptx"), renderer.pad_id, *here)
 
 
 def assistant_turns(row: TokenRow) -> list[tuple[list[int], list[int]]]:

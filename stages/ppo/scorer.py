@@ -17,7 +17,7 @@ from align.models.handover import tokenizer_identity
 from align.models.opened import Opened
 from align.models.reward import score_sequences
 from align.models.roles import Role
-from align.rewards.batch import RewardBatch, Values, probe
+from align.rewards.batch import RewardBatch, Values, checked, probe
 from align.rewards.combine import combine, disagreement
 from align.rewards.settings import RewardTerm
 from stages.ppo.rewards import at_the_end
@@ -132,7 +132,7 @@ class Rewarder:
         terms, spread = {}, None
         for name, settings in self.terms.items():
             if settings.is_model:
-                scores = torch.stack([scorer(prompts, prompt_ids, samples).cpu() for scorer in self.models[name]])
+                scores = self._model_scores(name, prompts, prompt_ids, samples)
                 part = at_the_end(combine(scores, settings), lengths, width)
                 if len(scores) > 1:
                     spread = disagreement(scores) + (0 if spread is None else spread)
@@ -145,6 +145,16 @@ class Rewarder:
     def total(self, prompts: Sequence[Sequence[Message]], prompt_ids: Sequence[list[int]], samples: Samples) -> Tensor:
         """(B,) what each response earns: for evaluation."""
         return self(prompts, prompt_ids, samples).total
+
+    def _model_scores(
+        self, name: str, prompts: Sequence[Sequence[Message]], prompt_ids: Sequence[list[int]], samples: Samples
+    ) -> Tensor:
+        """(K,B) of the K reward models of a term. Raises NumericError, naming the response, for one not finite."""
+        scores = torch.stack([scorer(prompts, prompt_ids, samples).cpu() for scorer in self.models[name]])
+        if not scores.isfinite().all():
+            for model, given in zip(self.terms[name].inputs(name), scores.tolist(), strict=True):
+                checked(given, self._batch(prompts, samples), f"reward model {model}")
+        return scores
 
     def _batch(self, prompts: Sequence[Sequence[Message]], samples: Samples) -> RewardBatch:
         ids = samples.rows()

@@ -333,7 +333,7 @@ class PPOTrainer:
             if not math.isfinite(norm):
                 raise NumericError(
                     f"ppo: the {name}'s gradient norm is {norm} at optimiser step {self.num_steps + 1}; nothing was "
-                    "updated with it. Lower the learning rate, or look for non-finite scores in samples.jsonl"
+                    "updated with it. Lower the learning rate, or normalise the reward: scores may be too large for float32"
                 )
 
 

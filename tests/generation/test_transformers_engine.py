@@ -12,7 +12,8 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from align.generation.engine import Sampling, left_pad
 from align.generation.transformers_engine import TransformersEngine
-from align.training.logprobs import response_logprobs
+from align.models.roles import causal_role
+from align.training.logprobs import response_states, state_logprobs
 from tests.generation.conftest import END_OF_TURN, EOS, PAD, fixed_distribution
 
 DRAWS = 6000
@@ -153,10 +154,14 @@ def test_padding_does_not_change_logprobs(model):
     width = samples.token_ids.shape[1]
     valid = torch.arange(width) < samples.lengths[:, None]
     ids, mask = torch.cat([prompt_ids, samples.token_ids], 1), torch.cat([prompt_mask, valid.long()], 1)
-    together, _ = response_logprobs(model, ids, mask, width, 1.0)
+    role = causal_role(model)
+    states = response_states(role, ids, mask, width)
+    together, _ = state_logprobs(role, states[:, :-1], samples.token_ids, valid, 1.0)
     for prompt, response, row in zip(PROMPTS, samples.rows(), together, strict=True):
         one = torch.tensor([prompt + response])
-        alone, _ = response_logprobs(model, one, torch.ones_like(one), len(response), 1.0)
+        states = response_states(role, one, torch.ones_like(one), len(response))
+        every = torch.ones(1, len(response), dtype=torch.bool)
+        alone, _ = state_logprobs(role, states[:, :-1], torch.tensor([response]), every, 1.0)
         torch.testing.assert_close(row[: len(response)], alone[0], rtol=0, atol=1e-5)
 
 

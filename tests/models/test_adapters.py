@@ -20,13 +20,13 @@ from align.job import Input
 from align.models.adapters import AdaptedBase
 from align.models.handover import probe_values
 from align.models.lora import add_lora
-from align.models.opened import Opened, commit_policy, open_policy, open_reward
+from align.models.opened import Opened, commit_policy, commit_reward, open_as_reward, open_policy, open_reward
 from align.models.reward import score_sequences
 from align.models.roles import Role, causal_role, reward_role
 from align.recipe.settings import LoraSettings
 from align.records import committed_folder
 from align.training.logprobs import position_ids, response_states, state_logprobs, state_values
-from tests.models.tiny import model_input, new_opened, probes, save_policy
+from tests.models.tiny import model_input, new_opened, probes, save_policy, trained_adapter
 
 SETTINGS = LoraSettings(rank=4, alpha=8)
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [10, 9, 8, 7, 6, 5]])
@@ -63,7 +63,12 @@ def house(policy: Opened, lora_reward: Input) -> House:
 def output(role: Role) -> Tensor:
     """Logits, scores or values of every token."""
     with role.active():
-        return role.head(role.states(IDS, MASK, position_ids(MASK)))
+        return at_once(role)
+
+
+def at_once(role: Role) -> Tensor:
+    """The same of whatever is active."""
+    return role.head(role.states(IDS, MASK, position_ids(MASK)))
 
 
 def loss(role: Role) -> Tensor:
@@ -170,15 +175,11 @@ def test_switching_is_re_entrant_and_survives_an_error(house):
     expected = house.outputs()
     with house.reference.active():
         with house.critic.active():
-            assert torch.equal(
-                house.critic.head(house.critic.states(IDS, MASK, position_ids(MASK))), expected["critic"]
-            )
-        states = house.reference.states(IDS, MASK, position_ids(MASK))
-        assert torch.equal(house.reference.head(states), expected["reference"])
+            assert torch.equal(at_once(house.critic), expected["critic"])
+        assert torch.equal(at_once(house.reference), expected["reference"])
     with pytest.raises(KeyError), house.reward.active():
         raise KeyError
-    states = house.actor.states(IDS, MASK, position_ids(MASK))
-    assert torch.equal(house.actor.head(states), expected["actor"])
+    assert torch.equal(at_once(house.actor), expected["actor"])
 
 
 def test_generation_samples_the_actor(house, base):
@@ -240,14 +241,33 @@ def test_a_frozen_base_without_an_actor(base, lora_reward):
     whole = reward_role(open_reward(lora_reward, "auto").model)
     torch.testing.assert_close(output(reward), output(whole), rtol=0, atol=1e-5)
     assert torch.equal(output(reference), alone)
-    assert torch.equal(reference.head(reference.states(IDS, MASK, position_ids(MASK))), alone)
+    assert torch.equal(at_once(reference), alone)
     assert not any(parameter.requires_grad for parameter in frozen.model.parameters())
+
+
+def test_all_roles_on_a_base_in_4_bits(base, tmp_path):
+    """QLoRA: a reward model trained on the NF4 base plays on the policy's NF4 base, which is the same to the bit, and
+    is the merged model that its stage saved; actor and reference start equal, the critic as the reward. On the same
+    base in full it is refused: that is another model."""
+    opened = open_as_reward(base, "auto", quantise="nf4")
+    lora = trained_adapter(opened.model, is_reward=True)
+    reward = model_input(tmp_path / "model", "reward")
+    commit_reward(committed_folder(tmp_path / "model"), lora, opened, probes(opened.renderer))
+    house = AdaptedBase(open_policy(base, "auto", quantise="nf4").model, SETTINGS)
+    role = house.reward("reward", reward)
+    whole = reward_role(open_reward(reward, "auto").model)
+    torch.testing.assert_close(output(role), output(whole), rtol=0, atol=1e-5)
+    assert torch.equal(output(house.critic("reward")), output(role))
+    actor, reference = house.actor(), house.base_role()
+    assert torch.equal(output(actor), output(reference))
+    train(actor)
+    assert not torch.equal(output(actor), output(reference))
+    with pytest.raises(ArtifactError, match="its adapter on this base"):
+        AdaptedBase(open_policy(base, "auto").model, SETTINGS).reward("reward", reward)
 
 
 def test_two_reward_models_on_one_base(house, lora_reward, base, tmp_path):
     """An ensemble: each has its own adapter, head and offset; another rank and fewer target modules do no harm."""
-    from align.models.opened import commit_reward, open_as_reward
-
     opened = open_as_reward(base, "auto")
     lora = add_lora(opened.model, LoraSettings(rank=2, target_modules=["q_proj"]), is_reward=True).eval()
     torch.manual_seed(5)
@@ -268,14 +288,14 @@ def test_a_reward_adapter_on_another_base_is_refused(lora_reward, tmp_path):
     """The same architecture with other weights: the adapter fits, its scores do not, and that is noticed."""
     other = save_policy(new_opened(seed=9), tmp_path / "other")
     base = AdaptedBase(open_policy(other, "auto").model, SETTINGS)
-    with pytest.raises(ArtifactError, match=r"start: .*its adapter on this base differs from the model"):
+    with pytest.raises(ArtifactError, match=r"start, its adapter on this base: .* differs from the model"):
         base.reward("reward", lora_reward)
 
 
 def test_a_reward_adapter_on_another_architecture_is_refused(lora_reward):
     """Nowhere to put it: the reason is said in one line."""
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64))
     for settings in (SETTINGS, None):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64))
         with pytest.raises(ArtifactError, match=r"start: .*adapter is no reward adapter on this base: "):
             AdaptedBase(model, settings).reward("reward", lora_reward)
 
@@ -297,7 +317,7 @@ def test_a_damaged_reward_adapter_is_refused(policy, lora_reward, tmp_path, faul
     save_file(weights, path)
     if fault == "no adapter":
         shutil.rmtree(folder / "adapter")
-    with pytest.raises(ArtifactError, match=r"^start: .*adapter"):
+    with pytest.raises(ArtifactError, match=r"^start.*adapter"):
         AdaptedBase(policy.model, SETTINGS).reward("reward", model_input(folder, "reward"))
 
 

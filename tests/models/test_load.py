@@ -18,9 +18,7 @@ from align.models.load import (
     new_reward,
 )
 from align.models.opened import open_as_reward, open_policy, open_reward
-from align.models.reward import score_sequences
-from align.models.value import critic_from_policy, critic_from_reward
-from tests.models.tiny import CONFIG, model_input, new_opened, new_tokenizer, probes
+from tests.models.tiny import CONFIG, model_input, new_opened, new_tokenizer
 
 FP32 = torch.float32
 
@@ -143,22 +141,6 @@ def test_a_new_reward_head_has_the_variance_of_the_paper(base, policy):
     heads = [new_reward(base, policy.tokenizer, FP32).score.weight.detach() for _ in range(40)]
     assert heads[0].shape == (1, 32)
     assert float(torch.cat(heads).std()) == pytest.approx(33**-0.5, rel=0.1)
-
-
-def test_critic_from_reward_gives_the_score_at_every_token(reward, scorer):
-    """The value of a whole answer starts as its normalised score, head and offset included."""
-    critic = critic_from_reward(reward, scorer.tokenizer, FP32).eval()
-    for ids in probes(scorer.renderer, 3):
-        values = critic(input_ids=torch.tensor([ids])).logits[0, :, 0]
-        scores = score_sequences(scorer.model, [ids[:5], ids], scorer.renderer.pad_id)
-        torch.testing.assert_close(values[[4, -1]], scores, rtol=0, atol=1e-5)
-
-
-def test_critic_from_policy_starts_at_zero(base, policy):
-    """Nothing is known of the reward when it has another tokenizer."""
-    critic = critic_from_policy(base, policy.tokenizer, FP32)
-    values = critic(input_ids=torch.tensor(probes(policy.renderer, 1))).logits
-    assert torch.equal(values, torch.zeros_like(values))
 
 
 def test_dropout_is_off_in_train_mode_too(damaged):

@@ -84,6 +84,13 @@ def test_an_architecture_with_an_unknown_head_is_refused():
         causal_role(model)
 
 
+def test_a_forward_that_a_trainer_has_wrapped_is_no_unknown_architecture():
+    """Mixed-precision training leaves a rounding forward on the model, and the policy is sampled in between."""
+    model = new_model("Llama")
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    assert causal_role(model).width == 16
+
+
 @torch.no_grad()
 def test_fp32_head_is_exact_in_a_bfloat16_run():
     """Under bfloat16 autocast the logits are those of float32 weights and the body's states; the plain head rounds
@@ -137,6 +144,24 @@ def test_on_a_cpu_nothing_is_offloaded(policy):
     """The weights are where they should be already."""
     role = causal_role(policy.model)
     assert offloaded(role, torch.device("cpu")) is role
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_an_offloaded_model_is_on_the_device_while_it_is_active(policy):
+    """Moved for its pass, nested ones too, and at home again after it, and after an error: the same tensors."""
+    role = causal_role(policy.model.requires_grad_(False).to("cuda"))
+    expected = role.head(states_of(role, IDS.to("cuda")))
+    waiting = offloaded(role, torch.device("cuda"))
+    at_home = {name: parameter.data_ptr() for name, parameter in policy.model.named_parameters()}
+    assert waiting.device.type == "cpu"
+    with waiting.active():
+        with waiting.active():
+            pass
+        assert torch.equal(waiting.head(states_of(waiting, IDS.to("cuda"))), expected)
+    with pytest.raises(KeyError), waiting.active():
+        raise KeyError
+    assert {name: parameter.data_ptr() for name, parameter in policy.model.named_parameters()} == at_home
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from tests.ppo.table_model import DEPTH, EOS, PAD, PROMPT, STATES, A, TableModel
 from tests.ppo.table_run import TableEngine, all_responses, settings, trained
 
 GROUP = 4
-BOUND = 5e-3
-"""Total variation to the fixed point; the exact number is what sampling with 256 responses per rollout leaves."""
+BOUND = 2e-3
+"""Total variation to pi* that the contract allows; 1e-4 is what these runs leave."""
 
 
 def family(world: World, estimator: str, **changes) -> Config:
@@ -30,12 +30,7 @@ def family(world: World, estimator: str, **changes) -> Config:
 
 @pytest.mark.parametrize(
     ("estimator", "changes"),
-    [
-        ("rloo", {}),
-        ("reinforce++", {"whiten_advantages": True}),
-        ("grpo", {"divide_by_std": False}),
-        ("rloo", {"normaliser": "constant"}),
-    ],
+    [("rloo", {}), ("grpo", {"divide_by_std": False}), ("rloo", {"normaliser": "constant"})],
 )
 def test_with_k1_in_the_reward_they_reach_the_optimum(estimator, changes):
     """E11: REINFORCE with any baseline that does not know the action has pi* as its fixed point, like PPO with a
@@ -43,6 +38,16 @@ def test_with_k1_in_the_reward_they_reach_the_optimum(estimator, changes):
     world = World.random(0)
     assert world.distance(world.ref) > 0.3
     assert world.distance(trained(world, family(world, estimator, **changes))) <= BOUND
+
+
+def test_without_any_baseline_the_noise_decides():
+    """reinforce++ has pi* as fixed point too, but at pi* a token's advantage is V*(s) less the mean and not 0: what keeps
+    it there is an average. It needs a rate that goes to 0 slowly, and more rollouts: .006 after 600, where rloo is at
+    .0001 after 300."""
+    world = World.random(0)
+    optim = OptimSettings(lr=0.05, eps=1e-5, schedule="cosine")
+    config = family(world, "reinforce++", whiten_advantages=True, rollouts=600, epochs=1, optim=optim)
+    assert world.distance(trained(world, config)) <= 0.01
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
@@ -58,7 +63,7 @@ def test_at_the_optimum_a_group_has_nothing_to_compare(estimator):
     assert float(rollout.advantages.abs().max()) <= 1e-12
 
 
-def on_the_bandit(beta: float, rollouts: int = 200, **changes) -> Tensor:
+def on_the_bandit(beta: float, rollouts: int = 400, **changes) -> Tensor:
     """The policy (3,) where the trainer ends on the bandit: responses of one token, a, b or EOS."""
     table = torch.zeros(STATES, 3, dtype=torch.float64)
     table[0] = bandit.REF

@@ -11,10 +11,12 @@ from align.data.render import Renderer
 from align.errors import NumericError
 from align.generation.engine import Samples
 from align.job import Input
+from align.models.adapters import AdaptedBase
 from align.models.load import load_policy, load_tokenizer
+from align.models.opened import open_policy
 from align.models.roles import causal_role
-from align.models.value import critic_from_reward
-from align.recipe.settings import OptimSettings
+from align.models.value import critic_from_reward, shared_head
+from align.recipe.settings import LoraSettings, OptimSettings
 from stages.ppo.alarms import check_starts_at_reference
 from stages.ppo.config import Config, CriticSettings, RolloutSettings
 from stages.ppo.metrics import rollout_metrics
@@ -160,3 +162,52 @@ def test_old_logprobs_are_those_of_a_forward_without_padding(policy, policy_inpu
         logp = policy(input_ids=ids).logits.log_softmax(-1)[0, -length - 1 : -1]
         expected = logp.gather(-1, ids[0, -length:, None])[:, 0]
         torch.testing.assert_close(rollout.logp_old[row, :length], expected.detach(), rtol=0, atol=2e-5)
+
+
+def gradients(trainer: PPOTrainer, responses: Responses, scores: torch.Tensor) -> list[torch.Tensor]:
+    """Actor's and critic's, as the optimisers get them in the only step of a rollout."""
+    seen: list[torch.Tensor] = []
+    for optimiser in trainer.optimisers.values():
+        optimiser.register_step_pre_hook(
+            lambda given, *_: seen.extend(
+                weight.grad.clone() for group in given.param_groups for weight in group["params"]
+            )
+        )
+    trainer.improve(trainer.observe(responses, scores), 0)
+    return seen
+
+
+@pytest.mark.parametrize("critic", ["adapter", "shared-head"])
+def test_micro_batches_do_not_matter_to_roles_on_one_base(critic, tiny):
+    """Row 66: on one base, actor, critic and reference switch adapters within every micro-batch; the gradients are the
+    same for 1, 2, 4 and 8 rows, and for any budget of tokens."""
+    sizes = [{"micro_batch_size": rows} for rows in (8, 1, 2, 4)]
+    budgets = [{"micro_batch_tokens": tokens} for tokens in (20, 31)]
+    lora = LoraSettings(rank=4, alpha=8)
+    results = []
+    for changes in [*sizes, *budgets]:
+        torch.manual_seed(0)
+        opened = open_policy(tiny.llama, "chat")
+        base = AdaptedBase(opened.model, lora)
+        actor = base.actor()
+        value = base.critic(None) if critic == "adapter" else shared_head(actor)
+        settings = CriticSettings(kind=critic, optim=OptimSettings(lr=1e-3, max_grad_norm=1e9))
+        config = Config(
+            rollouts=4,
+            rollout=RolloutSettings(prompts=ROWS, max_response_tokens=WIDTH),
+            epochs=1,
+            lora=lora,
+            optim=OptimSettings(lr=1e-3, max_grad_norm=1e9),
+            critic=settings,
+            **changes,
+        )
+        with torch.no_grad():  # B is 0 in a fresh adapter, and A would get no gradient
+            generator = torch.Generator().manual_seed(3)
+            for parameter in actor.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        trainer = PPOTrainer(config, actor, value, base.base_role(), seed=0)
+        results.append(gradients(trainer, *make_responses(tiny.llama)))
+    assert max(float(gradient.abs().max()) for gradient in results[0]) > 1e-3
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-6)

@@ -20,6 +20,7 @@ from align.generation.transformers_engine import TransformersEngine
 from align.models.handover import BOUNDS, probe_values
 from align.models.opened import open_policy, open_reward
 from align.models.reward import score_sequences
+from align.models.roles import causal_role, reward_role
 from align.models.value import critic_from_reward
 from align.recipe.settings import EvaluationSettings, Role
 from align.records import read_manifest
@@ -107,11 +108,11 @@ def test_regression_lost_reward_head(finished):
     assert torch.equal(scorer.model.score.weight, trained_head)
     stored = json.loads((run.model / "probes.json").read_text())
     with torch.no_grad():
-        scores = score_sequences(scorer.model, stored["probes"], scorer.renderer.pad_id)
+        scores = score_sequences(reward_role(scorer.model), stored["probes"], scorer.renderer.pad_id)
     assert scores.tolist() == pytest.approx(stored["values"], abs=ROUNDING)
-    critic = critic_from_reward(run.output(), scorer.tokenizer, torch.float32).eval()
+    critic = critic_from_reward(run.output(), scorer.tokenizer, torch.float32)
     with torch.no_grad():
-        value = float(critic(input_ids=torch.tensor([stored["probes"][0]])).logits[0, -1, 0])
+        value = float(score_sequences(critic, stored["probes"][:1], scorer.renderer.pad_id))
     assert value == pytest.approx(stored["values"][0], abs=ROUNDING)
     assert result.metrics["accuracy"] == 1.0  # polite from rude, on pairs it was not trained on
 
@@ -140,13 +141,13 @@ def test_dpo_begins_at_ln_2_and_its_reference_never_moves(lora, finished, base):
     trained, start = open_policy(run.output(), "auto"), open_policy(base, "auto")
     held_out = load(run.config().data, Role.PREFERENCES).held_out
     metrics, _ = evaluate_policy(
-        trained.model,
-        trained.renderer,
         TransformersEngine(trained.model),
+        causal_role(trained.model),
+        trained.renderer,
         [Prompt(row.prompt, row.source) for row in held_out],
         EvaluationSettings.model_validate(run.context().job.evaluation),
         seed=run.context().seed("evaluation"),
-        reference=start.model,
+        reference=causal_role(start.model),
     )
     assert abs(metrics["kl"]) > 0.1
     assert result.metrics["kl"] == pytest.approx(metrics["kl"], abs=ROUNDING)
@@ -173,7 +174,7 @@ def test_dpo_rows_reach_the_loss_as_the_renderer_made_them(new_run, base, tmp_pa
     asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     for side in ("chosen", "rejected"):
         sums = response_logprob_sums(
-            opened.model,
+            causal_role(opened.model),
             [opened.renderer.prompt(messages) for messages in asked],
             [opened.renderer.response(messages, row[side]) for messages, row in zip(asked, rows, strict=True)],
             opened.renderer.pad_id,

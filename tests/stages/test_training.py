@@ -14,6 +14,7 @@ from align.data.rows import Demonstration
 from align.errors import DataError, NumericError
 from align.evaluation.likelihood import token_loss
 from align.models.opened import open_policy
+from align.models.roles import causal_role
 from align.training.rows import demonstration_row
 from align.training.trainer import run_training, trainer_arguments
 from stages.sft.run import DemonstrationTrainer
@@ -47,8 +48,9 @@ def test_sft_loss_is_the_mean_over_assistant_tokens_only(new_run, base, tmp_path
     run()
     opened = open_policy(base, "auto")
     rows = all_rows(run, opened.renderer)
-    expected = token_loss(opened.model, rows, opened.renderer.pad_id)
-    everything = token_loss(opened.model, [{**row, "labels": row["input_ids"]} for row in rows], opened.renderer.pad_id)
+    role, pad_id = causal_role(opened.model), opened.renderer.pad_id
+    expected = token_loss(role, rows, pad_id)
+    everything = token_loss(role, [{**row, "labels": row["input_ids"]} for row in rows], pad_id)
     assert run.metrics()[0]["loss"] == pytest.approx(expected, rel=1e-4)
     assert abs(expected - everything) > 0.01  # the number would show it if prompts were trained on
 
