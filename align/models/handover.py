@@ -127,18 +127,23 @@ def verify_loaded(
     stored = _stored(path)
     if stored is None:
         return None
-    identity = tokenizer_identity(tokenizer, renderer)
-    for key, value in stored["tokenizer"].items():
-        if identity[key] != value:
-            raise ArtifactError(
-                f"{source}: {folder}: the tokenizer's {key} is not what it was when the model was saved; "
-                "was the folder edited, or does data.template differ between the stages?"
-            )
+    verify_tokenizer(tokenizer, renderer, path, source)
     values = partial(probe_values, model, is_reward=stored["is_reward"])
     if not quantised:
         return verify_values(values, path, model.dtype, source)
     read_manifest(path, hashes=True)
     return _moved(values(stored["probes"]), stored, f"{source}: {folder}")
+
+
+def verify_tokenizer(tokenizer: PreTrainedTokenizerBase, renderer: Renderer, folder: Path, source: str) -> None:
+    """Raises ArtifactError unless text becomes the tokens that it became when the model of a folder was saved."""
+    stored, identity = _stored(folder), tokenizer_identity(tokenizer, renderer)
+    for key, value in stored["tokenizer"].items() if stored else ():
+        if identity[key] != value:
+            raise ArtifactError(
+                f"{source}: {folder}: the tokenizer's {key} is not what it was when the model was saved; "
+                "was the folder edited, or does data.template differ between the stages?"
+            )
 
 
 def verify_values(

@@ -61,7 +61,7 @@ REMEMBERED = (
 
 RULES = (
     Rule(
-        "value_loss_not_finite",
+        "not_finite",
         ("loss/value_avg",),
         lambda m: not math.isfinite(m["loss/value_avg"]),
         "the value loss is {loss/value_avg}: scores are too large for float32; normalise the reward, or set score_clip",
@@ -95,7 +95,7 @@ RULES = (
         "length_at_cap",
         ("val/response_length", "max_response_tokens"),
         lambda m: m["val/response_length"] >= 0.95 * m["max_response_tokens"],
-        "responses are {val/response_length:.1f} tokens long on average, the cap is {max_response_tokens}: "
+        "responses are {val/response_length:.1f} tokens long on average, the cap is {max_response_tokens:.0f}: "
         "the reward model prefers length, or rollout.max_response_tokens is too low",
     ),
     Rule(
@@ -238,5 +238,5 @@ def check_starts_at_reference(log_ratio: float, tolerance: float) -> None:
         raise NumericError(
             f"ppo: the policy has not been trained yet, but differs from its reference by {log_ratio:.3g} "
             "in the log-probability of a token: is the reference the model that the policy starts from "
-            "(adapter, precision, temperature)?"
+            "(adapter, precision, temperature), and is dropout off?"
         )

@@ -320,6 +320,10 @@ class Config(Settings):
         problems = {}
         if self.responses % self.minibatches:
             problems["minibatches"] = f"{self.responses} responses per rollout are not a multiple of {self.minibatches}"
+        if self.kl.target is not None and self.responses >= 5 * self.kl.horizon:
+            problems["kl.horizon"] = f"{self.responses} responses per rollout need one above {self.responses // 5}"
+        if self.lora is not None and self.lora.dropout:
+            problems["lora.dropout"] = "has to be 0: the ratio of new to old policy must be 1 before the first update"
         if self.overlong is not None and self.overlong.buffer > self.rollout.max_response_tokens:
             problems["overlong.buffer"] = (
                 f"{self.overlong.buffer} is over rollout.max_response_tokens {self.rollout.max_response_tokens}"

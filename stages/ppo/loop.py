@@ -23,7 +23,7 @@ from stages.ppo import alarms
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from stages.ppo.config import Config
 from stages.ppo.metrics import distinct_ngrams, mismatch_kl, rollout_metrics
-from stages.ppo.ptx import visited
+from stages.ppo.packing import visited
 from stages.ppo.rollout import Rollout, join
 from stages.ppo.scorer import Rewarder, Scores
 from stages.ppo.trainer import PPOTrainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from align.context import Context
 from align.data.render import Renderer
 from align.job import Input
 from align.models.adapters import AdaptedBase
+from align.models.handover import verify_tokenizer
 from align.models.load import HIGHEST_FIELD, load_tokenizer, local_folder
 from align.models.opened import Opened, open_policy, open_reward
 from align.models.roles import Role, causal_role, offloaded, reward_role
@@ -45,7 +46,7 @@ def open_models(config: Config, context: Context, device: torch.device) -> Model
     """Loads, attaches and moves everything. Raises ArtifactError when a model is not what its stage saved."""
     assert config.data is not None
     roles = layout(config, context.job.inputs)
-    opening = _Opening(config, context, device, roles, config.data.template)
+    opening = _Opening(config, config.data.template, context, device, roles)
     policy = opening.policy()
     actor, frozen, reference = opening.actor_and_reference(policy)
     rewards = {name: opening.adapter_reward(frozen, name) for name in roles.adapter_rewards}
@@ -60,10 +61,10 @@ def open_models(config: Config, context: Context, device: torch.device) -> Model
 @dataclass
 class _Opening:
     config: Config
+    template: Literal["auto", "chat", "plain"]
     context: Context
     device: torch.device
     roles: Layout
-    template: str
 
     def policy(self) -> Opened:
         lora = self.config.lora
@@ -81,14 +82,13 @@ class _Opening:
         if lora is not None:
             base = AdaptedBase(policy.model, lora)
             policy.model = base.model
-            reference = base.base_role() if self.roles.reference_is_base else causal_role(self._reference_model())
-            return base.actor(fp32_head), base, reference
-        reference_model = self._reference_model()
-        policy.model.train()
-        if not self.roles.adapter_rewards:
-            return causal_role(policy.model, fp32_head), None, self._frozen(causal_role(reference_model), "reference")
-        base = AdaptedBase(reference_model, None)
-        return causal_role(policy.model, fp32_head), base, self._frozen(base.base_role(), "reference")
+            if self.roles.reference_is_base:
+                return base.actor(fp32_head), base, base.base_role()
+            return base.actor(fp32_head), base, self._waiting(causal_role(self._reference_model()), "reference")
+        actor = causal_role(policy.model.train(), fp32_head)
+        base = AdaptedBase(self._reference_model(), None) if self.roles.adapter_rewards else None
+        reference = base.base_role() if base else causal_role(self._reference_model())
+        return actor, base, self._waiting(reference, "reference")
 
     def _reference_model(self) -> Any:
         model = open_policy(self.context.input("reference"), self.template).model
@@ -98,12 +98,15 @@ class _Opening:
         assert base is not None
         source = self.context.input(name)
         tokenizer = load_tokenizer(source)
-        return RewardModel(base.reward(name, source), tokenizer, Renderer(tokenizer, self.template))
+        renderer = Renderer(tokenizer, self.template)
+        verify_tokenizer(tokenizer, renderer, Path(local_folder(source)), source.source)
+        role = base.reward(name, source)
+        return RewardModel(role if self.roles.trains_adapter else self._waiting(role, "reference"), tokenizer, renderer)
 
     def own_reward(self, name: str) -> RewardModel:
         opened = open_reward(self.context.input(name), self.template)
         opened.model.to(self.device).eval().requires_grad_(False)
-        role = self._frozen(reward_role(opened.model), "reward")
+        role = self._waiting(reward_role(opened.model), "reward")
         return RewardModel(role, opened.tokenizer, opened.renderer)
 
     def critic(
@@ -131,7 +134,8 @@ class _Opening:
         name = next((name for name, reward in rewards.items() if shares_tokenizer(reward, policy)), None)
         return None if name is None else self.context.input(name)
 
-    def _frozen(self, role: Role, name: str) -> Role:
+    def _waiting(self, role: Role, name: str) -> Role:
+        """The frozen role, in CPU memory between its passes if the recipe says so."""
         return offloaded(role, self.device) if name in self.config.offload else role
 
 

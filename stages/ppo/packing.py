@@ -1,27 +1,49 @@
-"""How the rows of a minibatch are cut into forward and backward passes: a matter of memory and speed, never of results.
+"""Which rows a step takes, and how they are cut into forward and backward passes.
 
-Losses are sums that are divided once, so any cover of the rows gives the same gradient.
+The cut is a matter of memory and speed, never of results: losses are sums that are divided once, so any cover of the
+rows gives the same gradient.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-def micro_batches(lengths: Tensor, rows: int, tokens: int | None) -> list[Tensor]:
-    """Row numbers, every one once, in batches of at most `rows`; lengths (B,) count the tokens of each row, >= 1.
+def visited(total: int, count: int, step: int, seed_of_pass: Callable[[int], int]) -> list[int]:
+    """Row numbers of step number `step` (from 0), `count` of them: all `total` rows are visited once per pass, in a
+    fresh order that follows from the pass alone. A step may reach into the next pass, or over several."""
+    first, last = step * count, (step + 1) * count
+    order: list[int] = []
+    for number in range(first // total, (last - 1) // total + 1):
+        generator = torch.Generator().manual_seed(seed_of_pass(number))
+        order += torch.randperm(total, generator=generator).tolist()
+    start = first % total
+    return order[start : start + count]
 
-    With `tokens`, a batch also has at most that many, padding included (its rows times its longest); a row that is
-    longer is a batch of its own. Rows of similar length are then together, the longest first: if memory is short, the
-    first batch says so.
+
+def micro_batches(prompts: Tensor, responses: Tensor, rows: int, tokens: int | None) -> list[Tensor]:
+    """Row numbers, every one once, in batches of at most `rows`. `prompts` and `responses` (B,) are the lengths of each
+    row's two parts, which are padded apart.
+
+    With `tokens`, a batch also has at most that many, padding included; a row that is longer is a batch of its own.
+    Rows of similar length are then together, the longest first: if memory is short, the first batch says so.
     """
-    order = torch.arange(len(lengths), device=lengths.device)
+    order = torch.arange(len(responses), device=responses.device)
     if tokens is not None:
-        order = lengths.argsort(descending=True, stable=True)
+        order = (prompts + responses).argsort(descending=True, stable=True)
     batches = []
     while len(order):
-        size = rows if tokens is None else min(rows, max(1, tokens // int(lengths[order[0]])))
+        size = rows if tokens is None else min(rows, _fitting(prompts[order], responses[order], tokens))
         batches.append(order[:size])
         order = order[size:]
     return batches
+
+
+def _fitting(prompts: Tensor, responses: Tensor, tokens: int) -> int:
+    """How many of the first rows make a padded batch of at most `tokens`; at least one."""
+    width = prompts.cummax(0).values + responses.cummax(0).values
+    counts = torch.arange(1, len(prompts) + 1, device=prompts.device)
+    return max(1, int((counts * width <= tokens).sum()))

@@ -6,25 +6,14 @@ for PPO, and divided once by their number: the mean negative log-likelihood per 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from align.generation.engine import Samples
+from stages.ppo.packing import visited
 from stages.ppo.rollout import Responses, join
-
-
-def visited(total: int, count: int, step: int, seed_of_pass: Callable[[int], int]) -> list[int]:
-    """Row numbers of step number `step` (from 0), `count` of them: all `total` rows are visited once per pass, in a
-    fresh order that follows from the pass alone. A step may reach into the next pass, or over several."""
-    first, last = step * count, (step + 1) * count
-    order: list[int] = []
-    for number in range(first // total, (last - 1) // total + 1):
-        generator = torch.Generator().manual_seed(seed_of_pass(number))
-        order += torch.randperm(total, generator=generator).tolist()
-    start = first % total
-    return order[start : start + count]
 
 
 class Demonstrations:

@@ -33,6 +33,11 @@ class Responses:
         return length_mask(self.lengths, self.width)
 
     @property
+    def prompt_lengths(self) -> Tensor:
+        """(B,) tokens of each prompt."""
+        return self.attention_mask[:, : -self.width].sum(1)
+
+    @property
     def tokens(self) -> Tensor:
         """(B,T) the response columns of input_ids."""
         return self.input_ids[:, -self.width :]

@@ -138,8 +138,7 @@ class PPOTrainer:
 
     def _look(self, responses: Responses) -> dict[str, Tensor]:
         """logp, reference, entropy (B,T) and, with a critic, values (B,T+1) of all responses; 0 where masked."""
-        config = self.config
-        order = micro_batches(responses.lengths, config.micro_batch_size, config.micro_batch_tokens)
+        order = self._micro_batches(responses)
         parts: dict[str, list[Tensor]] = defaultdict(list)
         for index in order:
             batch = responses.rows(index)
@@ -208,12 +207,10 @@ class PPOTrainer:
 
     def _accumulate(self, rollout: Rollout, minibatch: Tensor, weight: float, train_actor: bool) -> dict[str, Tensor]:
         """Gradients of the minibatch, a micro-batch at a time; returns sums over its tokens, and maxima."""
-        config = self.config
         minibatch = minibatch[rollout.learned[minibatch].any(1)]
         sums: dict[str, Tensor] = {}
-        lengths = rollout.responses.lengths[minibatch]
-        for part in micro_batches(lengths, config.micro_batch_size, config.micro_batch_tokens):
-            for name, value in self._micro_batch(rollout, minibatch[part], weight, train_actor).items():
+        for index in self._micro_batches(rollout.responses, minibatch):
+            for name, value in self._micro_batch(rollout, index, weight, train_actor).items():
                 known = sums.get(name, torch.zeros_like(value))
                 sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value
         return sums
@@ -291,7 +288,7 @@ class PPOTrainer:
         batch = self.demonstrations.batch(self.num_steps)
         tokens = self._total(batch.lengths.sum())
         total = 0.0
-        for index in micro_batches(batch.lengths, self.config.micro_batch_size, self.config.micro_batch_tokens):
+        for index in self._micro_batches(batch):
             part = batch.rows(index)
             with self.actor.active():
                 with self._autocast():
@@ -301,6 +298,13 @@ class PPOTrainer:
                 (self.config.ptx.coef * loss / tokens).backward()
             total += float(loss.detach())
         return self._total(torch.tensor(total)) / tokens
+
+    def _micro_batches(self, responses: Responses, picked: Tensor | None = None) -> list[Tensor]:
+        """The rows of each forward pass, of all rows or of those picked."""
+        picked = torch.arange(len(responses.lengths)) if picked is None else picked
+        lengths = responses.prompt_lengths[picked], responses.lengths[picked]
+        parts = micro_batches(*lengths, self.config.micro_batch_size, self.config.micro_batch_tokens)
+        return [picked[part] for part in parts]
 
     def _states(self, role: Role, batch: Responses) -> Tensor:
         return response_states(role, batch.input_ids, batch.attention_mask, batch.width)
@@ -333,7 +337,7 @@ class PPOTrainer:
             if not math.isfinite(norm):
                 raise NumericError(
                     f"ppo: the {name}'s gradient norm is {norm} at optimiser step {self.num_steps + 1}; nothing was "
-                    "updated with it. Lower the learning rate, or normalise the reward: scores may be too large for float32"
+                    "updated with it. Lower the learning rate, or normalise the reward: are scores too large?"
                 )
 
 

@@ -38,14 +38,12 @@ FIRST = {
     "reward/disagreement": 0.15,
     "samples/distinct_2": 0.6,
     "val/score_length_corr": 0.1,
+    "val/response_length": 38.0,
 }
 NAN, INF = float("nan"), float("inf")
 
 FAULTS = [
-    ("not_finite:policy/grad_norm", {"policy/grad_norm": NAN}, "actor's gradient norm is nan"),
-    ("not_finite:val/grad_norm", {"val/grad_norm": INF}, "critic's gradient norm is inf"),
-    ("not_finite:loss/policy_avg", {"loss/policy_avg": NAN}, "policy loss is nan"),
-    ("not_finite:loss/value_avg", {"loss/value_avg": INF}, "value loss is inf"),
+    ("not_finite", {"loss/value_avg": INF}, "value loss is inf"),
     ("negative_kl", {"objective/kl": -0.31, "objective/kl_k3": -0.31}, "not sampled from the policy"),
     ("kl_estimators_differ", {"objective/kl_k3": 2.31}, "2.31"),
     ("few_responses_end", {"val/eos_rate": 0.49}, "only 49% of responses end"),
@@ -94,7 +92,7 @@ def test_planted_fault(rule, fault, phrase):
     names, alarms, _ = watch([faulty] * rule.patience)
     assert names == [[]] * (rule.patience - 1) + [[rule.name]]
     assert phrase in alarms[0].message
-    assert alarms[0].fatal == rule.name.startswith("not_finite")
+    assert alarms[0].fatal == (rule.name == "not_finite")
     assert watch([faulty] * (rule.patience + 3))[0][rule.patience :] == [[]] * 3
     if rule.patience > 1:
         interrupted = [faulty] * (rule.patience - 1) + [HEALTHY] + [faulty] * (rule.patience - 1)
@@ -127,10 +125,16 @@ def test_what_is_compared_is_remembered_from_the_first_rollout_that_measured_it(
     assert history.first == {"policy/entropy_avg": 3.0, "val/score_length_corr": 0.7}
 
 
-def test_a_correlation_that_was_there_from_the_start_is_not_the_policys_doing():
-    history = History(first={"val/score_length_corr": 0.6})
-    assert check({"val/score_length_corr": 0.65}, history, FACTS)[0] == []
-    assert check({"val/score_length_corr": 0.75}, history, FACTS)[0][0].name == "score_follows_length"
+@pytest.mark.parametrize(
+    ("correlation", "length", "raised"),
+    [(0.65, 45.0, []), (0.75, 38.0, ["score_follows_length"]), (0.65, 48.0, ["score_follows_length"])],
+)
+def test_a_correlation_that_was_there_from_the_start_matters_once_it_is_followed(correlation, length, raised):
+    """At first .6 at a mean of 38 tokens. No alarm while neither has risen: by .1 the one, by a quarter, to 47.5, the
+    other. A reward that pays for length from the start cannot correlate more; it shows in the lengths."""
+    history = History(first=FIRST | {"val/score_length_corr": 0.6})
+    metrics = HEALTHY | {"val/score_length_corr": correlation, "val/response_length": length}
+    assert watch([metrics] * 3, history)[0] == [[], [], raised]
 
 
 def test_disagreement_without_a_rising_score_is_no_alarm():

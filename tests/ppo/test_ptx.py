@@ -7,7 +7,8 @@ import torch
 
 from align.training.masked import masked_sum
 from stages.ppo.advantages import leave_one_out
-from stages.ppo.ptx import Demonstrations, visited
+from stages.ppo.packing import visited
+from stages.ppo.ptx import Demonstrations
 from tests.ppo.bandit import SCORES, Draws, descend, tilted
 
 PAD = 9
