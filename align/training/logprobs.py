@@ -67,10 +67,6 @@ def state_values(role: Role, states: Tensor) -> Tensor:
     return wide(role.head(states)[..., 0])
 
 
-def _recomputed(*arguments: Any) -> Any:
-    return checkpoint(_logprobs, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
 def _logprobs(
     head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveFloat
+from pydantic import PositiveFloat, model_validator
 
-from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings, source
+from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings, refuse, source
 from align.recipe.spec import Kind, Slot, StageSpec
 
 
@@ -33,6 +33,12 @@ class Config(TrainingSettings):
 
     seed: int | None = None
     """None: the recipe's seed."""
+
+    @model_validator(mode="after")
+    def _no_dropout(self) -> Config:
+        if self.lora is not None and self.lora.dropout:
+            refuse({"lora.dropout": "has to be 0: policy and reference must agree before the first step"})
+        return self
 
 
 SPEC = StageSpec(

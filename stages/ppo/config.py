@@ -320,6 +320,8 @@ class Config(Settings):
         problems = {}
         if self.responses % self.minibatches:
             problems["minibatches"] = f"{self.responses} responses per rollout are not a multiple of {self.minibatches}"
+        if self.kl.target is not None and self.kl.coef == 0:
+            problems["kl.target"] = "moves kl.coef by a factor, and that of 0 stays 0; give kl.coef a start"
         if self.kl.target is not None and self.responses >= 5 * self.kl.horizon:
             problems["kl.horizon"] = f"{self.responses} responses per rollout need one above {self.responses // 5}"
         if self.lora is not None and self.lora.dropout:

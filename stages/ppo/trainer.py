@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -113,17 +114,17 @@ class PPOTrainer:
         train_actor = index >= self.warmup
         totals: dict[str, float] = defaultdict(float)
         updates = 0
-        for epoch in range(config.epochs):
-            for minibatch in self._minibatches(len(rollout.counted), index * config.epochs + epoch):
-                stats = self._step(rollout, minibatch, train_actor, is_first=updates == 0)
-                if stats is None:
-                    break
-                updates += 1
-                for name, value in stats.items():
-                    totals[name] = max(totals[name], value) if name.endswith("_max") else totals[name] + value
-            else:
+        passes = range(index * config.epochs, (index + 1) * config.epochs)
+        for minibatch in chain.from_iterable(self._minibatches(len(rollout.counted), number) for number in passes):
+            tokens = self._total(rollout.learned[minibatch].sum())
+            if tokens == 0:  # all its responses were cut, and cut responses are left out
                 continue
-            break
+            stats = self._step(rollout, minibatch, tokens, train_actor, is_first=updates == 0)
+            if stats is None:
+                break
+            updates += 1
+            for name, value in stats.items():
+                totals[name] = max(totals[name], value) if name.endswith("_max") else totals[name] + value
         averages = {name: value if name.endswith("_max") else value / updates for name, value in totals.items()}
         if self.ema is not None and train_actor:
             self.ema.update()
@@ -171,12 +172,11 @@ class PPOTrainer:
         generator = torch.Generator().manual_seed(self.seed + 100_003 * number)
         return torch.randperm(rows, generator=generator).tensor_split(self.config.minibatches)
 
-    def _step(self, rollout: Rollout, minibatch: Tensor, train_actor: bool, is_first: bool) -> dict[str, float] | None:
-        """One optimiser step on some rows of the rollout. Returns its averages; None when no step is to be taken any
-        more, because there is nothing to learn from or the policy has moved far enough."""
-        tokens = self._total(rollout.learned[minibatch].sum())
-        if tokens == 0:
-            return None
+    def _step(
+        self, rollout: Rollout, minibatch: Tensor, tokens: float, train_actor: bool, is_first: bool
+    ) -> dict[str, float] | None:
+        """One optimiser step on some rows of the rollout, which have `tokens` tokens to learn from. Returns its
+        averages; None, and no step, when the policy has moved far enough from the one that sampled."""
         weight = tokens
         if self.config.normaliser == "constant":
             weight = self._total(torch.tensor(len(minibatch))) * self.config.rollout.max_response_tokens

@@ -56,7 +56,12 @@ def run(config: Config, context: Context) -> StageResult:
     arguments = trainer_arguments(config, context, config.optim, len(train))
     trainer = PairTrainer(
         model=model,
-        args=RewardConfig(**arguments, max_length=None, center_rewards_coefficient=config.center or None),
+        args=RewardConfig(
+            **arguments,
+            max_length=None,
+            center_rewards_coefficient=config.center or None,
+            disable_dropout=False,  # the model's own is off since it was loaded; an adapter's is what the recipe says
+        ),
         train_dataset=RowDataset.from_list([_full_texts(row) for row in train]),
         processing_class=opened.tokenizer,
     )

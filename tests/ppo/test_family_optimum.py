@@ -41,9 +41,9 @@ def test_with_k1_in_the_reward_they_reach_the_optimum(estimator, changes):
 
 
 def test_without_any_baseline_the_noise_decides():
-    """reinforce++ has pi* as fixed point too, but at pi* a token's advantage is V*(s) less the mean and not 0: what keeps
-    it there is an average. It needs a rate that goes to 0 slowly, and more rollouts: .006 after 600, where rloo is at
-    .0001 after 300."""
+    """reinforce++ has pi* as fixed point too, but at pi* a token's advantage is V*(s) less the mean and not 0: what
+    keeps it there is an average. It needs a rate that goes to 0 slowly, and more rollouts: .006 after 600, where rloo
+    is at .0001 after 300."""
     world = World.random(0)
     optim = OptimSettings(lr=0.05, eps=1e-5, schedule="cosine")
     config = family(world, "reinforce++", whiten_advantages=True, rollouts=600, epochs=1, optim=optim)

@@ -132,7 +132,7 @@ def settings(**changes) -> Config:
         "minibatches": 2,
         "micro_batch_size": ROWS,
         "kl": KLSettings(coef=0.1),
-        "optim": optimiser(0.02),
+        "optim": optimiser(0.05),
         "critic": CriticSettings(optim=optimiser(0.05)),
         "checkpoint": CheckpointSettings(every_steps=ROLLOUTS),
     }
@@ -176,9 +176,9 @@ FLAT = Run(start=policy(0.3, 0.25))
 """Starts from another policy than its reference, a flatter one."""
 
 
-def scored(score: Score, **changes) -> Run:
+def scored(score: Score) -> Run:
     """The healthy run with another reward."""
-    return Run(scores=(score, score), settings=changes)
+    return Run(scores=(score, score))
 
 
 def with_settings(**changes) -> Run:
@@ -212,10 +212,8 @@ TALKATIVE = policy(0.4, 0.55)
 NEVER_ENDS = Run(start=TALKATIVE, reference=TALKATIVE)
 WRONG_CRITIC = Run(first_values=WILD, settings={"critic": CriticSettings(optim=optimiser(1e-9))})
 LARGE_STEPS = with_settings(optim=optimiser(0.5))
-ONE_TOKEN = scored(lambda response: float(response == (A, EOS)), kl=KLSettings(coef=0), optim=optimiser(0.1))
-GREEDY_FOR_LENGTH = scored(pays_for_length, kl=KLSettings(coef=0), optim=optimiser(0.1))
+ONE_RESPONSE = scored(lambda response: float(response == (A, EOS)))
 TIGHT_CAP = with_settings(rollout=RolloutSettings(prompts=ROWS, max_response_tokens=1))
-EXPLOITED = scored(exploitable, kl=KLSettings(coef=0), optim=optimiser(0.1))
 
 FAULTS = [
     ("not_finite", "scores are too large for float32", scored(enormous)),
@@ -225,15 +223,15 @@ FAULTS = [
     ("kl_estimators_differ", "tokens the reference likes are never drawn", LARGE_STEPS),
     ("few_responses_end", "never learned to stop", NEVER_ENDS),
     ("length_at_cap", "rollout.max_response_tokens is too low", TIGHT_CAP),
-    ("length_at_cap", "prefers length", GREEDY_FOR_LENGTH),
+    ("length_at_cap", "prefers length", scored(pays_for_length)),
     ("score_follows_length", "at first by 1.00", scored(pays_for_length)),
     ("score_follows_length", "may be paying for length", scored(pays_for_long_ones)),
-    ("score_beyond_training", "it is being exploited", EXPLOITED),
+    ("score_beyond_training", "it is being exploited", scored(exploitable)),
     ("critic_explains_nothing", "raise critic.optim.lr", WRONG_CRITIC),
     ("clips_too_much", "steps are too large", LARGE_STEPS),
     ("steps_too_large", "lower optim.lr or epochs", LARGE_STEPS),
-    ("entropy_collapse", "raise kl.coef", ONE_TOKEN),
-    ("diversity_falls", "responses are becoming alike", ONE_TOKEN),
+    ("entropy_collapse", "raise kl.coef", ONE_RESPONSE),
+    ("diversity_falls", "responses are becoming alike", ONE_RESPONSE),
     ("ensemble_disagrees", "it rises where they were not trained", Run(scores=(no_b, optimistic))),
     ("cutting_pays", "is the reward normalised?", scored(lambda response: no_b(response) - 5)),
     ("value_clip_lags", "normalise the reward", scored(lambda response: 10 * no_b(response))),

@@ -15,7 +15,7 @@ from align.errors import NumericError
 from align.generation.engine import Samples
 from align.recipe.settings import OptimSettings
 from align.training.schedule import learning_rate_factor
-from stages.ppo.config import ClipSettings, Config, CriticSettings, RolloutSettings
+from stages.ppo.config import ClipSettings, Config, CriticSettings, KLSettings, MissingEosSettings, RolloutSettings
 from stages.ppo.metrics import rollout_metrics
 from stages.ppo.rewards import at_the_end
 from stages.ppo.rollout import Responses, join
@@ -314,3 +314,62 @@ def test_learning_rate_is_positive_and_has_one_peak(schedule, warmup, total):
     peak = factors.index(max(factors))
     assert factors[: peak + 1] == sorted(factors[: peak + 1])
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+def test_a_minibatch_of_cut_responses_only_is_passed_over():
+    """Row 11: with missing_eos mask, minibatches of single rows are steps where a response ended and nothing where it
+    was cut; the others still count."""
+    trainer = make_trainer(missing_eos=MissingEosSettings(rule="mask"), minibatches=ROWS, epochs=2)
+    responses, scores = make_responses()
+    ended = int(responses.finished.sum())
+    assert 0 < ended < ROWS
+    trainer.improve(trainer.observe(responses, scores), 0)
+    assert trainer.num_steps == 2 * ended
+
+
+def test_updates_stop_when_the_policy_has_moved_far_enough():
+    """Row 78: the update that finds the policy beyond clip.approxkl is not made, nor any after it; the next rollout
+    starts again. Without the limit all six are."""
+    limited = make_trainer(clip=ClipSettings(approxkl=1e-3), optim=OptimSettings(lr=0.2, eps=1e-5))
+    metrics = limited.improve(limited.observe(*make_responses()), 0)
+    assert 1 <= metrics["policy/updates"] < 6
+    assert limited.num_steps == metrics["policy/updates"]
+    assert metrics["policy/approxkl_avg"] <= 1e-3
+    before = limited.num_steps
+    limited.improve(limited.observe(*make_responses()), 1)
+    assert limited.num_steps > before
+    free = make_trainer(optim=OptimSettings(lr=0.2, eps=1e-5))
+    assert free.improve(free.observe(*make_responses()), 0)["policy/updates"] == 6
+
+
+def test_an_adaptive_coefficient_moves_after_the_rollout_was_rewarded():
+    """K, row 35: KL 12 at a target of 6, 8 episodes, horizon 160: 0.15 (1 + 0.2 * 8 / 160) = 0.1515 for the NEXT
+    rollout."""
+    trainer = make_trainer(kl=KLSettings(coef=0.15, target=6.0, horizon=160))
+    rollout = trainer.observe(*make_responses())
+    trainer.adapt(12.0)
+    assert trainer.kl_coef == pytest.approx(0.1515)
+    again = trainer.observe(*make_responses())
+    kl = rollout.logp_old - rollout.logp_ref
+    torch.testing.assert_close(again.rewards - rollout.rewards, -0.0015 * kl, rtol=0, atol=1e-12)
+
+
+def test_a_constant_normaliser():
+    """Dr. GRPO: the same sum divided by 8 responses of at most 3 tokens instead of by its tokens; one SGD-like look at
+    the gradient tells."""
+    norms = {}
+    for normaliser in ("tokens", "constant"):
+        trainer = make_trainer(normaliser=normaliser, epochs=1, minibatches=1)
+        responses, scores = make_responses()
+        norms[normaliser] = trainer.improve(trainer.observe(responses, scores), 0)["policy/grad_norm"]
+        tokens = int(responses.lengths.sum())
+    assert norms["constant"] == pytest.approx(norms["tokens"] * tokens / (ROWS * DEPTH))
+
+
+def test_scores_are_clipped_before_the_rules():
+    """Row 40: clipped to +-0.5, the clip of an outcome is that of its token; the rule's own -1 for a cut response is
+    not clipped."""
+    responses, scores = make_responses()
+    rollout = make_trainer(score_clip=0.5).observe(responses, scores)
+    expected = torch.where(responses.finished, scores.sum(1).clamp(-0.5, 0.5), -1)
+    torch.testing.assert_close(rollout.scores, expected)

@@ -11,13 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from align.context import Context, StopFlag
+from align.errors import DataError
 from align.job import Input, Job, StageResult
+from align.models.opened import open_policy
+from align.recipe.settings import Role
 from align.records import read_manifest
+from align.training.rows import load_rows
 from stages import load_specs
 from stages.ppo.config import MissingEosSettings
 from stages.ppo.layout import layout
 from stages.ppo.models import open_models
-from stages.ppo.run import run
+from stages.ppo.run import run, training_questions
 from tests.stages.harness import LORA
 
 NF4: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8, "quantise": "nf4"}}
@@ -200,3 +204,19 @@ def test_an_average_is_what_is_committed(trained, new_job, tmp_path):
     slow = run(config.model_copy(update={"ema": 0.999999}), context)
     last = trained("average and demonstrations")[2]
     assert abs(slow.metrics["kl"]) < 1e-3 < abs(last.metrics["kl"])
+
+
+def test_long_prompts_are_left_out_and_counted(new_job, tmp_path):
+    """Row 16: a prompt over max_prompt_tokens is not cut; a limit that leaves none is an error."""
+    config, context = new_job("rloo", tmp_path)
+    opened = open_policy(context.input("policy"), "auto")
+    prompts = load_rows(config.data, Role.PROMPTS, context).train
+    questions, too_long = training_questions(opened, prompts, config)
+    lengths = sorted(len(question.ids) for question in questions)
+    assert (too_long, lengths[0] < lengths[-1]) == (0, True)
+    limited = config.model_copy(update={"max_prompt_tokens": lengths[-1] - 1})
+    kept, left_out = training_questions(opened, prompts, limited)
+    assert len(kept) + left_out == len(questions)
+    assert left_out == lengths.count(lengths[-1])
+    with pytest.raises(DataError, match="has at most 1 tokens"):
+        training_questions(opened, prompts, config.model_copy(update={"max_prompt_tokens": 1}))

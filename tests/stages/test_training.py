@@ -179,3 +179,12 @@ def test_metrics_that_stages_promise(finished):
     _, reward = finished("reward")
     promised = {"accuracy", "accuracy_ci95", "margin", "log_loss", "length_only_accuracy", "reference_mean"}
     assert promised <= set(reward.metrics)
+
+
+def test_dropout_of_a_reward_adapter_is_what_the_recipe_says(finished, new_run, tmp_path):
+    """TRL would switch it off. With it training takes another course."""
+    dropped = new_run("reward", tmp_path, lora={"rank": 4, "alpha": 8, "dropout": 0.5})
+    dropped()
+    assert [row.get("loss") for row in dropped.metrics()] != [
+        row.get("loss") for row in finished("reward", True)[0].metrics()
+    ]
