@@ -42,7 +42,7 @@ from tests.ppo.table_model import DEPTH, EOS, PAD, PROMPT, STATES, A, B, TableMo
 from tests.ppo.table_run import TableEngine
 from tests.ppo.test_loop import make_config, make_loop
 
-ROWS, ROLLOUTS = 256, 24
+ROWS, ROLLOUTS = 256, 30
 Response = tuple[int, ...]
 Score = Callable[[Response], float]
 
@@ -82,7 +82,8 @@ def policy(a: float = 0.25, b: float = 0.15) -> Tensor:
 
 REFERENCE = policy()
 ZEROS = torch.zeros(STATES, 1)
-WILD = 3 * torch.randn(STATES, 1, generator=torch.Generator().manual_seed(0))
+ALTERNATING = torch.tensor([3.0, -3.0]).repeat(STATES // 2)[:, None]
+"""Values that have nothing to do with the returns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +133,7 @@ def settings(**changes) -> Config:
         "minibatches": 2,
         "micro_batch_size": ROWS,
         "kl": KLSettings(coef=0.1),
-        "optim": optimiser(0.05),
+        "optim": optimiser(0.03),
         "critic": CriticSettings(optim=optimiser(0.05)),
         "checkpoint": CheckpointSettings(every_steps=ROLLOUTS),
     }
@@ -210,7 +211,7 @@ def enormous(response: Response) -> float:
 STALE = Run(engine=partial(SeparateEngine, syncs=False))
 TALKATIVE = policy(0.4, 0.55)
 NEVER_ENDS = Run(start=TALKATIVE, reference=TALKATIVE)
-WRONG_CRITIC = Run(first_values=WILD, settings={"critic": CriticSettings(optim=optimiser(1e-9))})
+WRONG_CRITIC = Run(first_values=ALTERNATING, settings={"critic": CriticSettings(optim=optimiser(1e-9))})
 LARGE_STEPS = with_settings(optim=optimiser(0.5))
 ONE_RESPONSE = scored(lambda response: float(response == (A, EOS)))
 TIGHT_CAP = with_settings(rollout=RolloutSettings(prompts=ROWS, max_response_tokens=1))
@@ -230,7 +231,7 @@ FAULTS = [
     ("critic_explains_nothing", "raise critic.optim.lr", WRONG_CRITIC),
     ("clips_too_much", "steps are too large", LARGE_STEPS),
     ("steps_too_large", "lower optim.lr or epochs", LARGE_STEPS),
-    ("entropy_collapse", "raise kl.coef", ONE_RESPONSE),
+    ("entropy_collapse", "raise kl.coef", replace(ONE_RESPONSE, settings={"kl": KLSettings(coef=0)})),
     ("diversity_falls", "responses are becoming alike", ONE_RESPONSE),
     ("ensemble_disagrees", "it rises where they were not trained", Run(scores=(no_b, optimistic))),
     ("cutting_pays", "is the reward normalised?", scored(lambda response: no_b(response) - 5)),

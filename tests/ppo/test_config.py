@@ -1,0 +1,48 @@
+"""Settings that contradict each other are refused, each with its key."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from stages.dpo.config import Config as DpoConfig
+from stages.ppo.config import Config, GrpoConfig, RlooConfig
+
+LORA = {"rank": 4, "alpha": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "key", "what"),
+    [
+        (Config, {"rollout": {"prompts": 5}, "minibatches": 2}, "minibatches", "5 responses per rollout"),
+        (Config, {"overlong": {"buffer": 300}}, "overlong.buffer", "max_response_tokens 256"),
+        (Config, {"critic": {"kind": "adapter"}}, "critic.kind", "needs `lora`"),
+        (Config, {"lora": {**LORA, "dropout": 0.1}}, "lora.dropout", "ratio of new to old"),
+        (Config, {"kl": {"coef": 0, "target": 6}}, "kl.target", "that of 0 stays 0"),
+        (Config, {"kl": {"target": 6, "horizon": 100}}, "kl.horizon", "512 responses per rollout"),
+        (Config, {"reward": {}}, "reward", "nothing to maximise"),
+        (Config, {"reward": {"policy": {}}}, "reward.policy", "name of another input"),
+        (Config, {"reward": {"a.b": {}}}, "reward.a.b", "letters, digits"),
+        (Config, {"estimator": "rloo"}, "rollout.responses_per_prompt", "2 or more"),
+        (RlooConfig, {"lam": 0.5}, "lam", "rloo has no critic"),
+        (GrpoConfig, {"critic": {"warmup_rollouts": 3}}, "critic", "grpo has no critic"),
+        (
+            Config,
+            {"estimator": "reinforce++", "missing_eos": {"rule": "bootstrap"}},
+            "missing_eos.rule",
+            "needs a critic",
+        ),
+        (DpoConfig, {"lora": {**LORA, "dropout": 0.1}}, "lora.dropout", "must agree before the first step"),
+    ],
+)
+def test_contradictions_are_refused(config, given, key, what):
+    with pytest.raises(ValidationError) as caught:
+        config.model_validate(given)
+    assert [(".".join(map(str, error["loc"])), what in error["msg"]) for error in caught.value.errors()] == [
+        (key, True)
+    ]
+
+
+@pytest.mark.parametrize("config", [Config, RlooConfig, GrpoConfig, DpoConfig])
+def test_defaults_are_accepted(config):
+    assert config.model_validate(config().model_dump(mode="json")) == config()
