@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 Point = tuple[float, float]
@@ -93,11 +92,3 @@ def peak(values: Sequence[float], window: int) -> int:
     side = window // 2
     inside = range(side, len(values) - side)
     return max(inside, key=lambda index: (values[index], -index))
-
-
-def rises(values: Sequence[float], parts: int) -> bool:
-    """Whether the means of `parts` equal parts (what is left over joins the last) rise from each to the next."""
-    size = len(values) // parts
-    edges = [number * size for number in range(parts)] + [len(values)]
-    means = [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
-    return all(left < right for left, right in pairwise(means))

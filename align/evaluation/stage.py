@@ -27,13 +27,13 @@ def held_out_prompts(
 ) -> Sequence[Prompt]:
     """The prompts to measure on: `evaluation.data` if the recipe names it, else the stage's own held-out prompts.
 
-    Raises DataError when a training prompt is among those of `evaluation.data`.
+    Raises DataError when one of them is a training prompt.
     """
-    if settings.data is None:
-        return own
-    dataset = load(settings.data.model_copy(update={"held_out": 0.0}), Role.PROMPTS)
+    prompts = own
+    if settings.data is not None:
+        prompts = load(settings.data.model_copy(update={"held_out": 0.0}), Role.PROMPTS).train
     seen = {prompt_key(prompt.messages): prompt.source for prompt in training}
-    keyed = [(prompt.source, prompt_key(prompt.messages)) for prompt in dataset.train]
+    keyed = [(prompt.source, prompt_key(prompt.messages)) for prompt in prompts]
     leaks = [(source, seen[key]) for source, key in keyed if key in seen]
     if leaks:
         raise DataError(
@@ -42,7 +42,7 @@ def held_out_prompts(
                 for place, other in leaks[:20]
             ]
         )
-    return dataset.train
+    return prompts
 
 
 def evaluate_stage(

@@ -30,6 +30,8 @@ from align.records import fingerprint, read_manifest
 
 PROBES_FILE = "probes.json"
 NUM_PROBES = 8
+BLOCK = 256
+"""Tokens of a probe whose float32 logits exist at a time."""
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Largest difference allowed, in nats per sequence or in units of the score, by weight dtype. The same weights in the
 same code differ by 0; a merged adapter is rounded once more, which over a sequence adds up to these."""
@@ -57,13 +59,19 @@ def probe_values(model: Any, probes: Sequence[Sequence[int]], *, is_reward: bool
     values = []
     for probe in probes:
         ids = torch.tensor([list(probe)], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits.float()
+        logits = model(input_ids=ids, use_cache=False).logits[0]
         if is_reward:
-            values.append(float(logits[0, 0]) + getattr(model.config, OFFSET_FIELD, 0.0))
+            values.append(float(logits[0]) + getattr(model.config, OFFSET_FIELD, 0.0))
         else:
-            values.append(float(logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()))
+            values.append(_logprob(logits[:-1], ids[0, 1:]))
     model.train(was_training)
     return values
+
+
+def _logprob(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Sum of the tokens' log-probabilities: logits (N,V), tokens (N,). In float32, a block at a time."""
+    blocks = zip(logits.split(BLOCK), tokens.split(BLOCK), strict=True)
+    return sum(float(block.float().log_softmax(-1).gather(-1, chosen[:, None]).sum()) for block, chosen in blocks)
 
 
 def verify_saved(

@@ -19,11 +19,12 @@ def source_hash(function: str, where: str) -> str:
         raise ConfigError(Problem(where, f"{function!r} does not name a function", "write `module:function`"))
     file = module_file(module, where)
     try:
-        known = names(ast.parse(file.read_bytes()))
+        tree = ast.parse(file.read_bytes())
     except SyntaxError as error:
         raise ConfigError(Problem(where, f"{file}:{error.lineno}: not Python: {error.msg}")) from None
-    if not {name, "*", "__getattr__"} & known:
-        raise ConfigError(Problem(where, f"no function {name!r} in {file}", did_you_mean(name, sorted(known))))
+    if not {name, "*", "__getattr__"} & names(tree):
+        functions = sorted(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
+        raise ConfigError(Problem(where, f"no function {name!r} in {file}", did_you_mean(name, functions)))
     return sha256_file(file)
 
 

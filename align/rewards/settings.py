@@ -57,6 +57,8 @@ class RewardTerm(Settings):
             raise ValueError("an ensemble needs at least one reward model")
         if self.url is not None:
             _check_url(self.url)
+        if not isinstance(self.model, list) and self.combine != "mean":
+            raise ValueError(f"combine {self.combine} is for an ensemble, a list of reward models")
         return self
 
     @property

@@ -24,6 +24,7 @@ from align.rewards.settings import DEFAULT_TERM, RewardTerm, reward_terms
 
 NonNegative = Annotated[float, Field(ge=0)]
 WITH_CRITIC = "gae"
+VALUED_RULES = ("replace", "subtract")
 TERM_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 INPUTS = {
     "policy": Slot(Kind.POLICY, defaults=("sft", "base")),
@@ -113,7 +114,7 @@ class RolloutSettings(Settings):
     """How responses are sampled."""
 
     engine: Literal["auto", "transformers"] = "auto"
-    """What generates. auto picks the fastest one installed and says which."""
+    """What generates. In this version both are transformers generation on the policy's own weights."""
 
     prompts: PositiveInt = 512
     """Prompts per rollout, over all processes."""
@@ -312,18 +313,15 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        problems = {**self._size_problems(), **self._reward_problems()}
-        refuse(problems | (self._critic_problems() if self.has_critic else self._critic_free_problems()))
+        problems = {**self._size_problems(), **self._kl_problems(), **self._reward_problems()}
+        problems |= self._critic_problems() if self.has_critic else self._critic_free_problems()
+        refuse(problems | self._idle_problems())
         return self
 
     def _size_problems(self) -> dict[str, str]:
         problems = {}
         if self.responses % self.minibatches:
             problems["minibatches"] = f"{self.responses} responses per rollout are not a multiple of {self.minibatches}"
-        if self.kl.target is not None and self.kl.coef == 0:
-            problems["kl.target"] = "moves kl.coef by a factor, and that of 0 stays 0; give kl.coef a start"
-        if self.kl.target is not None and self.responses >= 5 * self.kl.horizon:
-            problems["kl.horizon"] = f"{self.responses} responses per rollout need one above {self.responses // 5}"
         if self.lora is not None and self.lora.dropout:
             problems["lora.dropout"] = "has to be 0: the ratio of new to old policy must be 1 before the first update"
         if self.overlong is not None and self.overlong.buffer > self.rollout.max_response_tokens:
@@ -332,15 +330,38 @@ class Config(Settings):
             )
         return problems
 
+    def _kl_problems(self) -> dict[str, str]:
+        problems = {}
+        if self.kl.target is not None and self.kl.coef == 0:
+            problems["kl.target"] = "moves kl.coef by a factor, and that of 0 stays 0; give kl.coef a start"
+        if self.kl.target is not None and self.responses >= 5 * self.kl.horizon:
+            problems["kl.horizon"] = f"{self.responses} responses per rollout need one above {self.responses // 5}"
+        if self.kl.estimator == "k2" and self.whiten_advantages:
+            problems["kl.estimator"] = (
+                "whitening divides the scores by their spread and not a KL in the loss, so kl.coef would mean another "
+                "thing at every rollout; set whiten_advantages: false"
+            )
+        return problems
+
     def _critic_problems(self) -> dict[str, str]:
+        problems = {}
         if self.critic.kind == "adapter" and self.lora is None:
-            return {"critic.kind": "adapter needs `lora`; without it the critic is separate or a shared-head"}
-        return {}
+            problems["critic.kind"] = "adapter needs `lora`; without it the critic is separate or a shared-head"
+        if (self.critic.warmup_rollouts or 0) >= self.rollouts:
+            problems["critic.warmup_rollouts"] = (
+                f"the policy would never be trained: there are {self.rollouts} rollouts"
+            )
+        return problems
 
     def _critic_free_problems(self) -> dict[str, str]:
-        fields = ("critic", "gamma", "lam", "lam_value", "lam_length")
-        given = [name for name in fields if getattr(self, name) != Config.model_fields[name].default]
-        problems = dict.fromkeys(given, f"a setting of the estimator {WITH_CRITIC}; {self.estimator} has no critic")
+        fields = {"critic", "lam", "lam_value", "lam_length", "clip.value"}
+        fields |= set() if self.estimator == "reinforce++" else {"gamma"}
+        what = f"a setting of the estimator {WITH_CRITIC}; {self.estimator} has no critic"
+        if self.kind == "ppo":
+            what += (
+                f" (the stage `{self.estimator}` has its own defaults)" if self.estimator in {"rloo", "grpo"} else ""
+            )
+        problems = dict.fromkeys((name for name in sorted(fields) if self._is_changed(name)), what)
         if self.missing_eos.rule == "bootstrap":
             problems["missing_eos.rule"] = f"bootstrap needs a critic; {self.estimator} has none"
         if self.estimator in {"rloo", "grpo"} and self.rollout.responses_per_prompt < 2:
@@ -348,6 +369,27 @@ class Config(Settings):
                 f"{self.estimator} compares the responses to one prompt; set it to 2 or more"
             )
         return problems
+
+    def _idle_problems(self) -> dict[str, str]:
+        """Settings that were changed and would do nothing."""
+        needs = {
+            "divide_by_std": ("estimator: grpo", self.estimator == "grpo"),
+            "critic.coef": ("critic.kind: shared-head", not self.has_critic or self.critic.kind == "shared-head"),
+            "kl.horizon": ("kl.target", self.kl.target is not None),
+            "missing_eos.value": ("missing_eos.rule: replace or subtract", self.missing_eos.rule in VALUED_RULES),
+        }
+        return {
+            name: f"has no effect without {other}"
+            for name, (other, works) in needs.items()
+            if not works and self._is_changed(name)
+        }
+
+    def _is_changed(self, name: str) -> bool:
+        """Whether a setting, by its dotted key, differs from PPO's default."""
+        ours, default = self, Config.model_construct()
+        for key in name.split("."):
+            ours, default = getattr(ours, key), getattr(default, key)
+        return ours != default
 
     def _reward_problems(self) -> dict[str, str]:
         if not self.reward:

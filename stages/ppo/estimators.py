@@ -14,15 +14,15 @@ from stages.ppo.rollout import Responses
 
 
 def shape(config: Config, token_scores: Tensor, responses: Responses) -> tuple[Tensor, Tensor]:
-    """The rules for scores: clip, overlong penalty, missing EOS, in this order. token_scores (B,T) -> the same, and
-    which rows (B,) are learned from."""
+    """The rules for scores: clip, missing EOS, overlong penalty, in this order, so that a cut response never loses less
+    than one that ends at the cap. token_scores (B,T) -> the same, and which rows (B,) are learned from."""
     lengths, width = responses.lengths, responses.width
     if config.score_clip is not None:
         token_scores = token_scores.clamp(-config.score_clip, config.score_clip)
+    shaped = missing_eos(token_scores, responses.finished, lengths, config.missing_eos)
     if config.overlong is not None:
         penalty = overlong_penalty(lengths, config.rollout.max_response_tokens, config.overlong)
-        token_scores = token_scores + at_the_end(penalty.to(token_scores.dtype), lengths, width)
-    shaped = missing_eos(token_scores, responses.finished, lengths, config.missing_eos)
+        shaped = shaped + at_the_end(penalty.to(shaped.dtype), lengths, width)
     everything = torch.ones_like(responses.finished)
     return shaped, responses.finished if config.missing_eos.rule == "mask" else everything
 

@@ -6,7 +6,7 @@ model that was trained as an adapter on this very base).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from align.job import Input
@@ -27,13 +27,8 @@ class Layout:
     """The policy's frozen base, adapters off, is the reference; else the reference is a frozen model of its own."""
     adapter_rewards: tuple[str, ...]
     """Reward inputs that are adapters on the frozen base, or on the reference when all weights are trained."""
-    own_rewards: tuple[str, ...]
-    """Reward inputs that are models of their own."""
-
-    @property
-    def num_models(self) -> int:
-        """Whole sets of backbone weights in memory."""
-        return 1 + (not self.reference_is_base) + (self.critic == "separate") + len(self.own_rewards)
+    own_rewards: tuple[tuple[str, ...], ...]
+    """Reward inputs that are models of their own; the names of inputs that are one and the same are together."""
 
 
 def layout(config: Config, inputs: Mapping[str, Input]) -> Layout:
@@ -51,8 +46,16 @@ def layout(config: Config, inputs: Mapping[str, Input]) -> Layout:
         _critic(config),
         reference_is_base,
         on_frozen,
-        tuple(name for name in rewards if name not in on_frozen),
+        _alike([name for name in rewards if name not in on_frozen], inputs),
     )
+
+
+def _alike(names: Sequence[str], inputs: Mapping[str, Input]) -> tuple[tuple[str, ...], ...]:
+    """The names, those of the same model together."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(inputs[name].fingerprint, []).append(name)
+    return tuple(tuple(group) for group in groups.values())
 
 
 def _critic(config: Config) -> str:
@@ -82,4 +85,4 @@ def describe(config: Config, inputs: Mapping[str, Input]) -> list[str]:
         lines.append(", ".join(own + ([] if roles.trains_adapter else on_frozen)))
     if roles.critic == "separate":
         lines.append("critic")
-    return lines + [f"{inputs[name].source}: {name} (frozen)" for name in roles.own_rewards]
+    return lines + [f"{inputs[names[0]].source}: {', '.join(names)} (frozen)" for names in roles.own_rewards]

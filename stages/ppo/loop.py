@@ -15,7 +15,7 @@ from rich.markup import escape
 from align.context import Context
 from align.data.render import Renderer
 from align.data.rows import Message
-from align.errors import Interrupted, NumericError, RolloutError
+from align.errors import ConfigError, Interrupted, NumericError, RolloutError
 from align.evaluation.policy import GoldScorer
 from align.generation.engine import RolloutEngine, Samples, Sampling
 from align.training.progress import StageProgress
@@ -89,13 +89,26 @@ class Loop:
                 done = index + 1
                 self.report(done, metrics, bar)
                 if spent:
+                    self.budget_spent(done, metrics["objective/kl"])
                     break
                 if done % checkpoint_every == 0 or context.stop.is_set:
                     self.save(done)
                 if context.stop.is_set and done < config.rollouts:
                     context.stop_here(done)
+        self.save(done)  # the policy is still to be measured, which may fail
         self.accelerator.end_training()
         return done
+
+    def budget_spent(self, done: int, kl: float) -> None:
+        """Says that the stage ends here. Raises ConfigError when nothing was learned yet."""
+        stage, budget = self.context.job.stage, self.config.kl.budget
+        if self.trainer.num_steps == 0:
+            raise ConfigError(
+                f"{stage}: the policy starts at a KL of {kl:.3g} to the reference, above kl.budget {budget:g}; raise it"
+            )
+        self.console.print(
+            f"  {stage}, rollout {done}: KL {kl:.3g} is above kl.budget {budget:g}: done", highlight=False
+        )
 
     def save(self, done: int) -> None:
         """A checkpoint after `done` rollouts."""
@@ -127,7 +140,7 @@ class Loop:
         spent = budget is not None and metrics["objective/kl"] > budget
         if not spent:
             metrics |= self.trainer.improve(rollout, index)
-            self.trainer.adapt(metrics["objective/kl"])
+            self.trainer.adapt(metrics["objective/kl"], index)
             self.engine.sync()
         self.write_samples(index, questions, samples, scores, rollout)
         metrics["episode"] = float((index + 1) * self.config.responses)

@@ -50,7 +50,8 @@ def open_models(config: Config, context: Context, device: torch.device) -> Model
     policy = opening.policy()
     actor, frozen, reference = opening.actor_and_reference(policy)
     rewards = {name: opening.adapter_reward(frozen, name) for name in roles.adapter_rewards}
-    rewards |= {name: opening.own_reward(name) for name in roles.own_rewards}
+    for names in roles.own_rewards:
+        rewards |= dict.fromkeys(names, opening.own_reward(names[0]))
     critic, informed = opening.critic(policy, actor, frozen, rewards)
     for role in (actor, critic):
         if role is not None and config.gradient_checkpointing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -14,6 +15,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from align.context import Context
+from align.data.load import load
 from align.data.render import Renderer
 from align.data.rows import Prompt
 from align.errors import ConfigError, DataError, Problem
@@ -49,12 +51,14 @@ def run(config: Config, context: Context) -> StageResult:
     accelerator = new_accelerator(context)
     dataset = load_rows(config.data, Role.PROMPTS, context)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
-    prompts = held_out_prompts(evaluation, dataset.held_out, dataset.train)
+    trained_on = [*dataset.train, *(load(config.ptx.data, Role.PROMPTS).train if config.ptx else ())]
+    prompts = held_out_prompts(evaluation, dataset.held_out, trained_on)
+    texts = text_scorers(config, context)
 
     models = open_models(config, context, accelerator.device)
     policy = models.policy
     questions, too_long = training_questions(policy, dataset.train, config)
-    rewarder = new_rewarder(config, context, models)
+    rewarder = new_rewarder(config, models, texts)
     rewarder.check([question.messages for question in questions])
     trainer = PPOTrainer(
         config,
@@ -65,7 +69,7 @@ def run(config: Config, context: Context) -> StageResult:
         warmup=warmup_rollouts(config, models),
         processes=all_processes(accelerator),
         precision=training_dtype(config.precision),
-        demonstrations=new_demonstrations(config, context, policy.renderer, accelerator),
+        demonstrations=new_demonstrations(config, context, policy, accelerator),
     )
     engine = new_engine(config.rollout, policy)
     loop = Loop(
@@ -117,17 +121,21 @@ def new_engine(settings: RolloutSettings, policy: Opened) -> RolloutEngine:
     return TransformersEngine(policy.model, settings.micro_batch_size)
 
 
-def new_rewarder(config: Config, context: Context, models: Models) -> Rewarder:
-    """The reward: a scorer for each reward model, function and endpoint."""
+def new_rewarder(config: Config, models: Models, texts: Mapping[str, TextScorer]) -> Rewarder:
+    """The reward: a scorer for each reward model, and the functions and endpoints."""
     batch_size = config.rollout.micro_batch_size
     scorers = {name: RewardScorer(model, models.policy, batch_size) for name, model in models.rewards.items()}
     by_term = {term: [scorers[name] for name in settings.inputs(term)] for term, settings in config.reward.items()}
-    texts = {
+    return Rewarder(config.reward, by_term, texts, models.policy.renderer)
+
+
+def text_scorers(config: Config, context: Context) -> dict[str, TextScorer]:
+    """The function or endpoint of each term that has one. Raises ConfigError when one cannot be used."""
+    return {
         term: text_scorer(f"{context.job.stage}.reward.{term}", settings, context)
         for term, settings in config.reward.items()
         if not settings.is_model
     }
-    return Rewarder(config.reward, by_term, texts, models.policy.renderer)
 
 
 def text_scorer(where: str, settings: RewardTerm, context: Context) -> TextScorer:
@@ -139,11 +147,12 @@ def text_scorer(where: str, settings: RewardTerm, context: Context) -> TextScore
 
 
 def new_demonstrations(
-    config: Config, context: Context, renderer: Renderer, accelerator: Accelerator
+    config: Config, context: Context, policy: Opened, accelerator: Accelerator
 ) -> Demonstrations | None:
     """What PPO-ptx mixes in. Raises DataError when no row is short enough."""
     if config.ptx is None:
         return None
+    renderer = Renderer(policy.tokenizer, config.ptx.data.template)
     dataset = load_rows(config.ptx.data, Role.DEMONSTRATIONS, context)
     rows = [demonstration_row(renderer, row) for row in dataset.train]
     turns = [turn for row in rows if len(row["input_ids"]) <= config.ptx.max_length for turn in assistant_turns(row)]

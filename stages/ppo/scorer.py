@@ -127,7 +127,7 @@ class Rewarder:
         self, prompts: Sequence[Sequence[Message]], prompt_ids: Sequence[list[int]], samples: Samples
     ) -> Scores:
         """The reward of one response per prompt."""
-        lengths, width = samples.lengths, samples.token_ids.shape[1]
+        lengths, width = samples.lengths.cpu(), samples.token_ids.shape[1]
         tokens = torch.zeros(samples.token_ids.shape)
         terms, spread = {}, None
         for name, settings in self.terms.items():

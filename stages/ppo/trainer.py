@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -131,41 +132,52 @@ class PPOTrainer:
         rate = self.optimisers["actor"].param_groups[0]["lr"] if train_actor else 0.0
         return update_metrics({**averages, "updates": float(updates)}, rate)
 
-    def adapt(self, measured_kl: float) -> None:
-        """Moves the coefficient towards kl.target, after a rollout was rewarded with it (Ziegler et al. 2019)."""
+    def adapt(self, measured_kl: float, index: int) -> None:
+        """Moves the coefficient towards kl.target, after rollout number `index` was rewarded with it (Ziegler et al.
+        2019). Not while only the critic is trained: the KL does not move either."""
         kl = self.config.kl
-        if kl.target is not None:
+        if kl.target is not None and index >= self.warmup:
             self.kl_coef = adapted(self.kl_coef, measured_kl, kl.target, kl.horizon, self.config.responses)
 
     def _look(self, responses: Responses) -> dict[str, Tensor]:
         """logp, reference, entropy (B,T) and, with a critic, values (B,T+1) of all responses; 0 where masked."""
         order = self._micro_batches(responses)
+        batches = [responses.rows(index) for index in order]
+        views: list[tuple[Role, Callable[[Responses], dict[str, Tensor]]]] = [
+            (self.actor, self._actors_view),
+            (self.reference, self._references_view),
+        ]
+        if self.critic is not None and not self.shares_states:
+            views.append((self.critic, self._critics_view))
         parts: dict[str, list[Tensor]] = defaultdict(list)
-        for index in order:
-            batch = responses.rows(index)
-            for name, part in self._look_at(batch).items():
-                parts[name].append(nn.functional.pad(part, (0, responses.width - batch.width)))
+        for role, view in views:  # a role after the other: an offloaded one is moved once
+            with role.active(), self._autocast():
+                for batch in batches:
+                    for name, part in view(batch).items():
+                        parts[name].append(nn.functional.pad(part, (0, responses.width - batch.width)))
         back = torch.cat(order).argsort()
         return {name: torch.cat(part)[back] for name, part in parts.items()}
 
-    def _look_at(self, batch: Responses) -> dict[str, Tensor]:
+    def _actors_view(self, batch: Responses) -> dict[str, Tensor]:
+        states = self._states(self.actor, batch)
         temperature = self.config.rollout.temperature
-        seen: dict[str, Tensor] = {}
-        with self.actor.active(), self._autocast():
-            states = self._states(self.actor, batch)
-            given = (batch.tokens, batch.mask, temperature)
-            seen["logp"], entropy = state_logprobs(self.actor, states[:, :-1], *given, with_entropy=True)
-            assert entropy is not None
-            seen["entropy"] = entropy
-            if self.critic is not None and self.shares_states:
-                seen["values"] = state_values(self.critic, states)
-        with self.reference.active(), self._autocast():
-            states = self._states(self.reference, batch)
-            seen["reference"], _ = state_logprobs(self.reference, states[:, :-1], *given)
-        if self.critic is not None and not self.shares_states:
-            with self.critic.active(), self._autocast():
-                seen["values"] = state_values(self.critic, self._states(self.critic, batch))
+        logp, entropy = state_logprobs(
+            self.actor, states[:, :-1], batch.tokens, batch.mask, temperature, with_entropy=True
+        )
+        assert entropy is not None
+        seen = {"logp": logp, "entropy": entropy}
+        if self.critic is not None and self.shares_states:
+            seen["values"] = state_values(self.critic, states)
         return seen
+
+    def _references_view(self, batch: Responses) -> dict[str, Tensor]:
+        states, temperature = self._states(self.reference, batch), self.config.rollout.temperature
+        logp, _ = state_logprobs(self.reference, states[:, :-1], batch.tokens, batch.mask, temperature)
+        return {"reference": logp}
+
+    def _critics_view(self, batch: Responses) -> dict[str, Tensor]:
+        assert self.critic is not None
+        return {"values": state_values(self.critic, self._states(self.critic, batch))}
 
     def _minibatches(self, rows: int, number: int) -> tuple[Tensor, ...]:
         """The rows of each optimiser step of pass `number`, in a fresh order."""
@@ -207,7 +219,7 @@ class PPOTrainer:
 
     def _accumulate(self, rollout: Rollout, minibatch: Tensor, weight: float, train_actor: bool) -> dict[str, Tensor]:
         """Gradients of the minibatch, a micro-batch at a time; returns sums over its tokens, and maxima."""
-        minibatch = minibatch[rollout.learned[minibatch].any(1)]
+        minibatch = minibatch[rollout.learned[minibatch].any(1).cpu()]
         sums: dict[str, Tensor] = {}
         for index in self._micro_batches(rollout.responses, minibatch):
             for name, value in self._micro_batch(rollout, index, weight, train_actor).items():
@@ -300,9 +312,9 @@ class PPOTrainer:
         return self._total(torch.tensor(total)) / tokens
 
     def _micro_batches(self, responses: Responses, picked: Tensor | None = None) -> list[Tensor]:
-        """The rows of each forward pass, of all rows or of those picked."""
+        """The rows of each forward pass, of all rows or of those picked. Row numbers stay on the CPU."""
         picked = torch.arange(len(responses.lengths)) if picked is None else picked
-        lengths = responses.prompt_lengths[picked], responses.lengths[picked]
+        lengths = responses.prompt_lengths[picked].cpu(), responses.lengths[picked].cpu()
         parts = micro_batches(*lengths, self.config.micro_batch_size, self.config.micro_batch_tokens)
         return [picked[part] for part in parts]
 
@@ -311,12 +323,12 @@ class PPOTrainer:
 
     def _total(self, count: Tensor) -> float:
         """The sum of a number over all processes."""
-        return float(self.processes.sum(count[None].double()))
+        return float(self.processes.sum(count[None].double().to(self.actor.device)))
 
     def _average(self, name: str, value: Tensor, tokens: float) -> float:
         """A sum over tokens divided by their number, or a maximum, over all processes."""
         if name.endswith("_max"):
-            return float(self.processes.max(value[None].double()))
+            return float(self.processes.max(value[None].double().to(self.actor.device)))
         return self._total(value) / tokens
 
     def _autocast(self) -> torch.autocast:
@@ -327,8 +339,11 @@ class PPOTrainer:
             optimiser.zero_grad(set_to_none=True)
 
     def _set_learning_rates(self, index: int) -> None:
+        """By rollouts; the actor's schedule begins when the actor does."""
         for name, optimiser in self.optimisers.items():
-            factor = learning_rate_factor(self.settings[name], index, self.config.rollouts)
+            skipped = self.warmup if name == "actor" else 0
+            step, total = max(index - skipped, 0), self.config.rollouts - skipped
+            factor = learning_rate_factor(self.settings[name], step, total)
             for group in optimiser.param_groups:
                 group["lr"] = self.settings[name].lr * factor
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks.curves import Estimate, ceiling, envelope, height, mean, peak, rises, smooth
+from benchmarks.curves import Estimate, ceiling, envelope, height, mean, peak, smooth
 
 
 def test_envelope_keeps_the_corners() -> None:
@@ -81,12 +81,6 @@ def test_smooth() -> None:
 def test_peak_leaves_out_the_ends() -> None:
     """The ends are averages of fewer values, so noisier: the 9 at the end does not count. The first of equals wins."""
     assert peak([0, 1, 5, 5, 2, 9], 3) == 2
-
-
-def test_rises() -> None:
-    """Thirds of 0 2 1 3 2 4 have means 1, 2, 3. Their order is what counts, not every step."""
-    assert rises([0, 2, 1, 3, 2, 4], 3)
-    assert not rises([0, 2, 1, 3, 2, 1], 3)
 
 
 def test_mean_of_estimates() -> None:

@@ -73,12 +73,11 @@ def settings(world: World, **changes) -> Config:
         "micro_batch_size": ROWS,
         "whiten_advantages": False,
         "kl": KLSettings(coef=world.beta),
-        "clip": ClipSettings(value=None),
         "missing_eos": MissingEosSettings(rule="subtract", value=-1.0),
         "optim": optim,
     }
     if changes.get("estimator", "gae") == "gae":
-        known["critic"] = CriticSettings(optim=optim)
+        known |= {"critic": CriticSettings(optim=optim), "clip": ClipSettings(value=None)}
     return Config(**{**known, **changes})
 
 

@@ -46,3 +46,37 @@ def test_contradictions_are_refused(config, given, key, what):
 @pytest.mark.parametrize("config", [Config, RlooConfig, GrpoConfig, DpoConfig])
 def test_defaults_are_accepted(config):
     assert config.model_validate(config().model_dump(mode="json")) == config()
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "key"),
+    [
+        (RlooConfig, {"divide_by_std": False}, "divide_by_std"),
+        (Config, {"critic": {"coef": 0.5}}, "critic.coef"),
+        (Config, {"kl": {"horizon": 99_000}}, "kl.horizon"),
+        (Config, {"missing_eos": {"rule": "off", "value": -2}}, "missing_eos.value"),
+        (Config, {"missing_eos": {"rule": "mask", "value": -2}}, "missing_eos.value"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(config, given, key):
+    """They would change the fingerprint and nothing else, and whoever wrote them wanted something."""
+    with pytest.raises(ValidationError, match="has no effect without") as caught:
+        config.model_validate(given)
+    assert [".".join(map(str, error["loc"])) for error in caught.value.errors()] == [key]
+
+
+def test_a_kl_in_the_loss_and_whitening_are_refused_together():
+    """Row 33's relative: the spread would multiply beta. A bandit at beta 1 then rests .22 from its optimum."""
+    with pytest.raises(ValidationError, match="set whiten_advantages: false"):
+        Config.model_validate({"kl": {"estimator": "k2"}})
+    Config.model_validate({"kl": {"estimator": "k2"}, "whiten_advantages": False})
+
+
+def test_a_policy_that_would_never_be_trained_is_refused():
+    with pytest.raises(ValidationError, match="never be trained"):
+        Config.model_validate({"rollouts": 20, "critic": {"warmup_rollouts": 20}})
+
+
+def test_combining_one_model_is_refused():
+    with pytest.raises(ValidationError, match="for an ensemble"):
+        Config.model_validate({"reward": {"only": {"model": "reward", "combine": "min"}}})

@@ -10,7 +10,7 @@ from torch import Tensor
 from align.generation.engine import Samples, Sampling
 from align.recipe.settings import OptimSettings
 from stages.ppo.advantages import group_relative
-from stages.ppo.config import ClipSettings, Config, KLSettings, MissingEosSettings, RolloutSettings
+from stages.ppo.config import Config, KLSettings, MissingEosSettings, RolloutSettings
 from stages.ppo.rewards import at_the_end
 from stages.ppo.rollout import join
 from stages.ppo.trainer import PPOTrainer
@@ -76,7 +76,6 @@ def on_the_bandit(beta: float, rollouts: int = 400, **changes) -> Tensor:
         micro_batch_size=256,
         whiten_advantages=False,
         missing_eos=MissingEosSettings(rule="off"),
-        clip=ClipSettings(value=None),
         optim=OptimSettings(lr=0.1, eps=1e-5),
         **{"kl": KLSettings(coef=beta, estimator="k2"), **changes},
     )

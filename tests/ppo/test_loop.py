@@ -26,7 +26,7 @@ from stages.ppo.config import Config, CriticSettings, KLSettings, PtxSettings, R
 from stages.ppo.loop import Loop, Question
 from stages.ppo.models import open_models
 from stages.ppo.ptx import Demonstrations
-from stages.ppo.run import new_rewarder, warmup_rollouts
+from stages.ppo.run import new_rewarder, text_scorers, warmup_rollouts
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import Tiny
 
@@ -99,7 +99,7 @@ def make_loop(
         Accelerator(cpu=True),
         trainer,
         wrap(engine, context) if wrap else engine,
-        new_rewarder(config, context, models),
+        new_rewarder(config, models, text_scorers(config, context)),
         policy.renderer,
         questions,
     )

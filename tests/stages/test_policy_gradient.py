@@ -19,7 +19,7 @@ from align.records import read_manifest
 from align.training.rows import load_rows
 from stages import load_specs
 from stages.ppo.config import MissingEosSettings
-from stages.ppo.layout import layout
+from stages.ppo.layout import describe
 from stages.ppo.models import open_models
 from stages.ppo.run import run, training_questions
 from tests.stages.harness import LORA
@@ -160,7 +160,7 @@ def test_the_models_in_memory_are_those_of_the_plan(variant, new_job, tmp_path):
     roles = [models.actor, models.reference, *(reward.role for reward in models.rewards.values())]
     roles += [models.critic] if models.critic else []
     bodies = {id(role.body) for role in roles}
-    assert len(bodies) == layout(config, context.job.inputs).num_models == VARIANTS[variant][2]
+    assert len(bodies) == len(describe(config, context.job.inputs)) == VARIANTS[variant][2]
     assert (models.critic is None) is not config.has_critic
 
 
