@@ -36,9 +36,10 @@ def held_out_prompts(
     keyed = [(prompt.source, prompt_key(prompt.messages)) for prompt in prompts]
     leaks = [(source, seen[key]) for source, key in keyed if key in seen]
     if leaks:
+        fix = "remove one" if settings.data is not None else "give both files the same `held_out`"
         raise DataError(
             [
-                Problem(place, f"this evaluation prompt is also trained on, at {other}", "remove one")
+                Problem(place, f"this evaluation prompt is also trained on, at {other}", fix)
                 for place, other in leaks[:20]
             ]
         )

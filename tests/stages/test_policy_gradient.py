@@ -11,17 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from align.context import Context, StopFlag
-from align.errors import DataError
+from align.errors import ConfigError, DataError
 from align.job import Input, Job, StageResult
 from align.models.opened import open_policy
-from align.recipe.settings import Role
+from align.recipe.settings import DataSettings, Role
 from align.records import read_manifest
 from align.training.rows import load_rows
 from stages import load_specs
-from stages.ppo.config import MissingEosSettings
+from stages.ppo.config import KLSettings, MissingEosSettings
 from stages.ppo.layout import describe
 from stages.ppo.models import open_models
 from stages.ppo.run import run, training_questions
+from tests.models.tiny import new_opened, save_policy
 from tests.stages.harness import LORA
 
 NF4: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8, "quantise": "nf4"}}
@@ -97,7 +98,7 @@ def new_job(base: Input, files, finished, new_run, tmp_path_factory):
         settings = {**SMALL, **{name: value for name, value in changes.items() if name != "reward_lora"}}
         settings["data"] = {"path": files["sft"], "held_out": 0.2}
         if "ptx" in settings:
-            settings["ptx"] = {**settings["ptx"], "data": files["sft"]}
+            settings["ptx"] = {**settings["ptx"], "data": settings["data"]}
         config = load_specs()[kind].config.model_validate(settings)
         inputs = {"policy": base, "reference": base, **dict.fromkeys(config.sources("reward"), reward)}
         job = Job(
@@ -220,3 +221,22 @@ def test_long_prompts_are_left_out_and_counted(new_job, tmp_path):
     assert left_out == lengths.count(lengths[-1])
     with pytest.raises(DataError, match="has at most 1 tokens"):
         training_questions(opened, prompts, config.model_copy(update={"max_prompt_tokens": 1}))
+
+
+def test_demonstrations_may_not_hold_what_is_measured_on(new_job, files, tmp_path):
+    """Prompts held out of `data` that PPO-ptx would train on are an error, not a better score."""
+    config, context = new_job("average and demonstrations", tmp_path)
+    everything = DataSettings(path=files["sft"], held_out=0.0)
+    leaking = config.model_copy(update={"ptx": config.ptx.model_copy(update={"data": everything})})
+    with pytest.raises(DataError, match="also trained on"):
+        run(leaking, context)
+
+
+def test_a_budget_that_is_spent_at_once_is_an_error(new_job, tmp_path):
+    """A policy that starts further from its reference than the budget allows would be committed untrained."""
+    config, context = new_job("four models", tmp_path)
+    other = save_policy(new_opened(seed=9), tmp_path / "other")
+    context.job.inputs["reference"] = replace(other, fingerprint="1" * 64)
+    spent = config.model_copy(update={"kl": KLSettings(budget=1e-6)})
+    with pytest.raises(ConfigError, match=r"above kl\.budget 1e-06; raise it"):
+        run(spent, context)
