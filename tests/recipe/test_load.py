@@ -197,9 +197,9 @@ def test_reward_models_on_the_command_line_start_from_here(folder):
 
 def test_a_term_is_changed_without_losing_the_others():
     reward = config(
-        load("ppo: {reward: {a: {weight: 2}, b: {url: 'http://x'}}}\n", "ppo.reward.a.combine=min"), "ppo"
+        load("ppo: {reward: {a: {weight: 2}, b: {url: 'http://x'}}}\n", "ppo.reward.b.retries=1"), "ppo"
     ).reward
-    assert (reward["a"].weight, reward["a"].combine, reward["b"].url) == (2.0, "min", "http://x")
+    assert (reward["a"].weight, reward["b"].retries, reward["b"].url) == (2.0, 1, "http://x")
 
 
 def test_a_relative_of_ppo_keeps_its_own_defaults():
