@@ -180,7 +180,7 @@ def draw(seeds: dict[int, Seed]) -> None:
             )
         axis.set(title=f"seed {number}", xlabel="KL to SFT, nats per answer")
     axes[0][0].set_ylabel("gold score")
-    axes[0][-1].legend(loc="lower right")
+    figure.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside right upper")
     save_figure(figure, "frontier")
 
 

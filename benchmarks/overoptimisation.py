@@ -19,6 +19,8 @@ SEEDS = (0, 1, 2)
 PAIRS, FEWER_PAIRS = 150, 80
 WINDOW = 9
 """Rollouts that a point of a curve is the mean of."""
+TOLERANCE = 0.01
+"""Share of the peak's gold that the choice of the budget gives up for less KL."""
 ENSEMBLE = ("reward", "second", "third")
 NAMES = {"free": "no limit", "budget": "KL budget", "ensemble": "ensemble, no limit"}
 BUDGET_HEAD = (
@@ -47,8 +49,9 @@ SFT policy; every point is the mean of {window} rollouts in a row, of 128 answer
 there are on the shorter side). The dotted line is the budget.
 
 ## A KL budget
-`kl.budget: {budget}` ends the stage with the first rollout whose KL is above it. That number is the KL at the gold
-peak of seed 0 without a limit, in tenths of a nat; seeds 1 and 2 get it unchanged.
+`kl.budget: {budget}` ends the stage with the first rollout whose KL is above it. That number, in tenths of a nat, is
+the least KL at which seed 0, without a limit, is within 1% of its peak: the curve is flat around the peak, and less KL is
+safer elsewhere. Seeds 1 and 2 get it unchanged.
 
 {table}
 
@@ -92,6 +95,13 @@ class Curve:
         return peak(self.gold, WINDOW)
 
     @property
+    def knee(self) -> int:
+        """The first of those means that is within TOLERANCE of the highest: the curve is flat there."""
+        side = WINDOW // 2
+        enough = (1 - TOLERANCE) * self.gold[self.peak]
+        return next(index for index in range(side, self.peak + 1) if self.gold[index] >= enough)
+
+    @property
     def last(self) -> int:
         """The last mean over a whole window."""
         return len(self.gold) - 1 - WINDOW // 2
@@ -102,7 +112,7 @@ class Study:
     """All runs with reward models of one size of data."""
 
     budget: float
-    """The KL at the gold peak of the first seed, in tenths of a nat."""
+    """The least KL at which the first seed's gold is within TOLERANCE of its peak, in tenths of a nat."""
     seeds: dict[int, dict[str, Curve]]
     """By the keys of NAMES."""
 
@@ -127,7 +137,7 @@ def study(pairs: int, with_ensemble: bool) -> Study:
     """Chooses the budget on the first seed, and runs everything."""
     seeds = {seed: {"free": run_ppo(seed, pairs, {})} for seed in SEEDS}
     first = seeds[SEEDS[0]]["free"]
-    budget = round(first.kl[first.peak], 1)
+    budget = round(first.kl[first.knee], 1)
     ensemble = {"reward": {"model": list(ENSEMBLE), "combine": "min"}}
     for seed, curves in seeds.items():
         curves["budget"] = run_ppo(seed, pairs, {"ppo.kl.budget": budget})

@@ -89,7 +89,7 @@ def render_plan(steps: Sequence[Step]) -> RenderableType:
             escape("\n".join(step.reasons)),
             escape(relative(folder)),
         )
-    telling = [step for step in steps if step.models]
+    telling = [step for step in steps if step.runs and step.models]
     return Group(table, _models_table(telling)) if telling else table
 
 

@@ -50,9 +50,9 @@ class Step:
 
     @property
     def models(self) -> list[str]:
-        """Which models will be in memory, one line each; none for a stage that does not run or does not say."""
+        """Which models are in memory while it runs, one line each; none for a stage that does not say."""
         describe = self.node.spec.memory
-        return named(describe)(self.node.config, self.job.inputs) if describe and self.runs else []
+        return named(describe)(self.node.config, self.job.inputs) if describe else []
 
     def consumes(self, other: Step) -> bool:
         """Whether an input of this stage is the other's artifact."""
