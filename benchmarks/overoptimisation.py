@@ -50,8 +50,8 @@ there are on the shorter side). The dotted line is the budget.
 
 ## A KL budget
 `kl.budget: {budget}` ends the stage with the first rollout whose KL is above it. That number, in tenths of a nat, is
-the least KL at which seed 0, without a limit, is within 1% of its peak: the curve is flat around the peak, and less KL is
-safer elsewhere. Seeds 1 and 2 get it unchanged.
+the least KL at which seed 0, without a limit, is within 1% of its peak: the curve is flat around the peak, and less KL
+is safer elsewhere. Seeds 1 and 2 get it unchanged.
 
 {table}
 
