@@ -46,12 +46,19 @@ class Finished:
 
 
 def run(
-    stages: Sequence[str], settings: Mapping[str, Any], *, recipe: str, name: str, runs: str = "runs"
+    stages: Sequence[str],
+    settings: Mapping[str, Any],
+    *,
+    recipe: str,
+    name: str,
+    runs: str = "runs",
+    force: Sequence[str] = (),
 ) -> dict[str, Finished]:
-    """Runs stages and those they need, reusing what is up to date; returns all of them by name."""
+    """Runs stages and those they need, reusing what is up to date except those of `force`; returns all by name."""
     changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     arguments = [*stages, *changes, "-c", recipe, "--run", name, "--runs", runs]
-    subprocess.run([*ALIGN, "run", *arguments], check=True)
+    again = [f"--force={stage}" for stage in force]
+    subprocess.run([*ALIGN, "run", *arguments, *again], check=True)
     plan = subprocess.run([*ALIGN, "plan", *arguments, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     return {
         step["stage"]: Finished(Path(step["directory"]), step["models"]) for step in json.loads(plan.stdout)["stages"]

@@ -1,0 +1,399 @@
+"""Speed of ppo against the last PPO of TRL, and against what the machine could do: `python benchmarks/ppo.py`.
+
+Writes docs/benchmark_ppo.md. TRL's side runs in an environment of its own, which the first call makes under
+runs/venv-trl. Runs are taken in turns and always anew; nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import psutil
+import torch
+from chain import Finished, run
+from floors import Machine, Shape, Work, calibrate, floors
+from pages import save_page, table
+
+HERE = Path(__file__).parent
+RECIPE, RUN = "benchmarks/ppo.yaml", "ppo-benchmark"
+FILES = Path("runs") / RUN
+VENV = Path("runs/venv-trl")
+TORCH, TRL = "torch==2.13.0", ("trl==1.12.0", "transformers==5.17.0", "accelerate==1.15.0")
+SKIPPED = 2
+"""Rollouts of each run that are left out."""
+QUIET = 0.1
+"""Cores that other processes may have used during a pair of runs that counts."""
+MIN_PAIRS = 3
+PHASES = ("rollout", "score", "observe", "learn", "sync", "other")
+MEANING = {
+    "rollout": "sampling",
+    "score": "the reward model",
+    "observe": "policy, reference and critic before the update, advantages",
+    "learn": "the epochs: actor and critic, forward and backward, AdamW",
+    "sync": "passing the weights on to the engine",
+    "other": "prompts, metrics, logs, garbage collection",
+}
+ONE_UPDATE = {"ppo.rollouts": 1, "ppo.epochs": 1, "ppo.minibatches": 1, "ppo.micro_batch_size": 128}
+MIB = 2**20
+
+PAGE = """# ppo against TRL's PPO
+
+Made by `python benchmarks/ppo.py{options}` on {date}. Everything on this page was measured in that call.
+
+## Result
+`align` makes **{ratio:.2f}** times as many samples per second as `trl.experimental.ppo.PPOTrainer` of TRL {trl}, the
+last version that has it: median of {repeats} pairs of runs, {low:.2f} to {high:.2f}. A sample is a response, from its
+prompt to the update.
+
+{speed}
+
+Both sampled answers that end by themselves, of {ours_length:.1f} tokens on average (TRL {trl_length:.1f}).
+
+## Where the time goes
+Seconds per rollout, median over the runs of each run's mean. The floor is what the same work needs at least at the
+speed that this machine reached in the same call: {gflops:.0f} GFLOP/s in a product of two float32 matrices of
+1024 x 1024, {bandwidth:.1f} GB/s in a sum over main memory, both on one thread (`benchmarks/floors.py`). What fits a
+cache can be read faster than that.
+
+{phases}
+
+{meaning}
+
+TRL's loop is timed from outside, by wrapping the functions that it calls. Its policy's log-probabilities come with the
+sampling, where it keeps all scores, so its `observe` is one pass shorter.
+
+## Memory
+{memory}
+
+The most that each process ever held resident, Python and its libraries included; ours also loads the model that it
+saved once more, for the hand-over check.
+
+## The same work
+The demo's model ({parameters:.2f} million parameters, float32), its SFT policy and its reward model, made once; the
+same prompts in the same order, {rows} per rollout; at most {cap} response tokens at temperature {temperature:g};
+{epochs} epochs of {minibatches} minibatches, each one pass; {rollouts} rollouts a run, the first {skipped} not counted.
+Learning rates {rate:g}, constant, AdamW with eps {eps:g} and without weight decay; KL coefficient {kl:g} (k1, in the
+reward); the critic starts as the reward model. `benchmarks/ppo.yaml` has all of it.
+
+What differs is each side's own:
+
+- TRL's AdamW is torch's fused one. Ours is not.
+- TRL does not clip gradients; ours still computes their norms, against a limit that is never reached.
+- TRL puts the score one token past the end, on padding, and trains the critic there as well.
+- TRL computes logits at all places, prompts included; we only where a response token is chosen, and in the backward
+  pass once more, so that they are never all in memory.
+
+Before anything was timed, both had to agree on what they define alike:
+
+{gate}
+
+Log-probabilities, values and scores are those of the same {probes} responses, each by its side's own code. The first
+update is that of a run of one rollout with one epoch of one minibatch, on each side's own samples.
+
+## Machine
+{cpu}, {cores} cores; one thread each (`OMP_NUM_THREADS=1`), one process at a time. A pair during
+which other processes used more than {quiet:g} cores does not count; {disturbed} did not.
+
+- align: {our_versions}; rollouts by {engine}
+- TRL: {trl_versions}
+
+## Reproduce
+    python benchmarks/ppo.py{options}
+
+The environment of TRL is made on the first call: `pip install {torch}`, then `pip install {packages}`.
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of either side."""
+
+    steps: list[dict[str, float]]
+    """Seconds of each phase and in `total`, of the rollouts that count."""
+    rows: int
+    length: float
+    """Mean response tokens."""
+    peak: int
+
+    @property
+    def speed(self) -> float:
+        """Samples per second."""
+        return self.rows / mean(step["total"] for step in self.steps)
+
+    def phase(self, name: str) -> float:
+        """Mean seconds of a phase."""
+        return mean(step[name] for step in self.steps)
+
+
+def measured(lines: list[dict[str, Any]], prefix: str, length: str, rows: int, peak: int) -> Measured:
+    """From a line per rollout, each stamped with the `time` at which it was done."""
+    steps = []
+    for before, line in zip(lines[SKIPPED - 1 :], lines[SKIPPED:], strict=False):
+        step = {name: line.get(f"{prefix}{name}", 0.0) for name in PHASES[:-1]}
+        total = line["time"] - before["time"]
+        steps.append({**step, "other": total - sum(step.values()), "total": total})
+    return Measured(steps, rows, mean(line[length] for line in lines[SKIPPED:]), peak)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Seconds since some start, and processor seconds used in them: by all processes, and by ours that have ended."""
+
+    wall: float
+    everyone: float
+    own: float
+
+    @classmethod
+    def now(cls) -> Load:
+        """As of now."""
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "guest", 0.0)  # guest is in user as well
+        usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return cls(time.monotonic(), sum(times) - idle, sum(usage.ru_utime + usage.ru_stime for usage in usages))
+
+    def others_since(self, before: Load) -> float:
+        """Cores that others used on average, the host's other guests included."""
+        return (self.everyone - before.everyone - self.own + before.own) / (self.wall - before.wall)
+
+
+def trl_python() -> Path:
+    """The Python of TRL's environment, made if it is not there. torch comes first and alone, as in ours."""
+    python, done = VENV / "bin" / "python", VENV / "installed"
+    if not done.exists():
+        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+        for packages in ([TORCH], TRL):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        done.touch()
+    return python
+
+
+def ours(settings: dict[str, Any]) -> dict[str, Finished]:
+    """Runs the ppo stage anew, with the stages it needs."""
+    return run(["ppo"], settings, recipe=RECIPE, name=RUN, force=["ppo"])
+
+
+def prepare(stage: Finished, name: str) -> Path:
+    """What TRL is to do, from a stage that is complete."""
+    task = FILES / f"{name}.json"
+    subprocess.run([sys.executable, HERE / "ppo_probe.py", stage.folder, task], check=True)
+    return task
+
+
+def theirs(what: str, task: Path) -> dict[str, Any]:
+    """Runs TRL's side."""
+    out = FILES / f"{what}-trl.json"
+    environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("PYTHONPATH", None)  # its packages are others
+    command = [trl_python(), HERE / "ppo_trl.py", what, task, out]
+    with out.with_suffix(".txt").open("w", encoding="utf-8") as log:
+        subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def gate(settings: dict[str, Any]) -> tuple[list[list[str]], int]:
+    """Compares what both define alike. Returns the rows of the table and the number of responses compared; ends the
+    benchmark when a difference is too large."""
+    stage = ours({**settings, **ONE_UPDATE})["ppo"]
+    task = prepare(stage, "gate")
+    differences, their_first = theirs("check", task), theirs("train", task)["rows"][0]["metrics"]
+    first = stage.rollouts[0]
+    compared = [
+        ("log-probability of a token, policy", differences["logp"], 1e-4),
+        ("log-probability of a token, reference", differences["reference"], 1e-4),
+        ("value of a token", differences["values"], 1e-4),
+        ("score of a response", differences["scores"], 1e-4),
+    ]
+    for side, metrics in (("align", first), ("TRL", their_first)):
+        compared += [
+            (f"first update, {side}: KL to the reference", abs(metrics["objective/kl"]), 1e-3),
+            (f"first update, {side}: mean ratio less 1", abs(metrics["val/ratio"] - 1), 1e-4),
+            (f"first update, {side}: policy loss", abs(metrics["loss/policy_avg"]), 1e-4),
+        ]
+    failed = [f"{what}: {found:.3g} is above {bound:g}" for what, found, bound in compared if not found <= bound]
+    if failed:
+        sys.exit("the two do not compute the same, so nothing was timed:\n" + "\n".join(failed))
+    probes = len(json.loads(task.read_text(encoding="utf-8"))["probe"]["scores"])
+    return [[what, f"{found:.1e}", f"{bound:g}"] for what, found, bound in compared], probes
+
+
+def our_run(stage: Finished) -> Measured:
+    """Our side, as measured by the stage itself."""
+    rollout, record = stage.record["config"]["rollout"], stage.record
+    rows = rollout["prompts"] * rollout["responses_per_prompt"]
+    return measured(stage.rollouts, "time/", "val/response_length", rows, record["peak_memory"]["resident"])
+
+
+def speed_rows(mine: Sequence[Measured], other: Sequence[Measured]) -> list[list[str]]:
+    """run, samples and tokens per second of both, ratio."""
+    rows = []
+    for number, (one, two) in enumerate(zip(mine, other, strict=True), 1):
+        speeds = [f"{side.speed:.1f}" for side in (one, two)]
+        tokens = [f"{side.speed * side.length:.0f}" for side in (one, two)]
+        rows.append([str(number), *speeds, *tokens, f"{one.speed / two.speed:.2f}"])
+    return rows
+
+
+def phase_rows(mine: Sequence[Measured], other: Sequence[Measured], floor: dict[str, float]) -> list[list[str]]:
+    """phase, seconds of both, TRL / align, floor, align / floor."""
+    rows = []
+    for name in (*PHASES, "total"):
+        one, two = (median(measured.phase(name) for measured in side) for side in (mine, other))
+        least = floor.get(name, 0.0)
+        above = [f"{least:.3f}", f"{one / least:.1f}"] if least else ["", ""]
+        rows.append([name, f"{one:.3f}", f"{two:.3f}", f"{two / one:.2f}" if one > 1e-3 else "", *above])
+    return rows
+
+
+def memory_rows(mine: Sequence[Measured], other: Sequence[Measured]) -> list[list[str]]:
+    """side, peak."""
+    sides = (("align", mine), ("TRL", other))
+    return [[name, f"{max(measured.peak for measured in side) / MIB:.0f}"] for name, side in sides]
+
+
+def floor_of(stage: Finished, shape: Shape, task: Path, mine: Sequence[Measured], machine: Machine) -> dict[str, float]:
+    """Seconds of each phase of our runs at least, and in all."""
+    prompts, config = json.loads(task.read_text(encoding="utf-8"))["prompts"], stage.record["config"]
+    counted = prompts[SKIPPED * mine[0].rows :]
+    length = mean(one.length for one in mine)
+    work = Work(mine[0].rows, mean(map(len, counted)), length, config["epochs"], config["minibatches"])
+    found = floors(shape, machine, work)
+    return {**found, "total": sum(found.values())}
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if sys.platform == "linux" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def listed(versions: dict[str, str]) -> str:
+    """Names and versions in one line."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def results(facts: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, for the page."""
+    mine, other, machine = facts["mine"], facts["other"], facts["machine"]
+    ratios = [one.speed / two.speed for one, two in zip(mine, other, strict=True)]
+    speeds = ("pair", "align, samples/s", "TRL, samples/s", "align, tokens/s", "TRL, tokens/s", "ratio")
+    phases = ("phase", "align", "TRL", "TRL / align", "floor", "align / floor")
+    return {
+        "ratio": median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "repeats": len(ratios),
+        "speed": table(speeds, speed_rows(mine, other)),
+        "ours_length": mean(one.length for one in mine),
+        "trl_length": mean(one.length for one in other),
+        "gflops": machine.operations / 1e9,
+        "bandwidth": machine.bandwidth / 1e9,
+        "phases": table(phases, phase_rows(mine, other, facts["floor"])),
+        "memory": table(("", "peak, MiB"), memory_rows(mine, other)),
+        "gate": table(("what", "largest difference", "allowed"), facts["gate"]),
+        "probes": facts["probes"],
+        "disturbed": len(facts["disturbed"]),
+        "quiet": QUIET,
+        "rows": mine[0].rows,
+    }
+
+
+def setting(stages: dict[str, Finished]) -> dict[str, Any]:
+    """What was done, for the page."""
+    record = stages["ppo"].record
+    config, versions = record["config"], record["versions"]
+    return {
+        "parameters": stages["base"].record["metrics"]["parameters"] / 1e6,
+        "cap": config["rollout"]["max_response_tokens"],
+        "temperature": config["rollout"]["temperature"],
+        "epochs": config["epochs"],
+        "minibatches": config["minibatches"],
+        "rollouts": config["rollouts"],
+        "skipped": SKIPPED,
+        "rate": config["optim"]["lr"],
+        "eps": config["optim"]["eps"],
+        "kl": config["kl"]["coef"],
+        "our_versions": listed({name: versions[name] for name in ("python", "torch", "transformers")}),
+    }
+
+
+def page(engine: str, facts: dict[str, Any]) -> str:
+    """The text of docs/benchmark_ppo.md."""
+    return PAGE.format(
+        **results(facts),
+        **setting(facts["stages"]),
+        options="" if engine == "transformers" else f" --engine {engine}",
+        date=datetime.now(UTC).date().isoformat(),
+        meaning="\n".join(f"- *{name}*: {what}" for name, what in MEANING.items()),
+        cpu=processor(),
+        cores=os.cpu_count(),
+        trl=facts["versions"]["trl"],
+        trl_versions=listed(facts["versions"]),
+        engine=engine,
+        torch=TORCH,
+        packages=" ".join(TRL),
+    )
+
+
+def in_turns(repeats: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """align, TRL, align, TRL ... : our stages, the task, and what was measured of each side in the pairs that count.
+    Ends the benchmark when others used the machine during too many of them."""
+    found: dict[str, Any] = {"mine": [], "other": [], "disturbed": []}
+    while len(found["mine"]) < repeats and len(found["disturbed"]) < repeats + MIN_PAIRS:
+        before = Load.now()
+        found["stages"] = ours(settings)
+        mine = our_run(found["stages"]["ppo"])
+        found["task"] = prepare(found["stages"]["ppo"], "task")
+        result = theirs("train", found["task"])
+        others = Load.now().others_since(before)
+        if others > QUIET:
+            found["disturbed"].append(others)
+            continue
+        found["mine"].append(mine)
+        found["other"].append(their_run(result, mine.rows))
+        found["versions"] = result["versions"]
+    if len(found["mine"]) < MIN_PAIRS:
+        shares = ", ".join(f"{one:.2f}" for one in found["disturbed"])
+        sys.exit(f"too few pairs of runs count: other processes used {shares} cores during the rest")
+    return found
+
+
+def their_run(result: dict[str, Any], rows: int) -> Measured:
+    """TRL's side, as ppo_trl.py timed it."""
+    return measured(result["rows"], "", "response_length", rows, result["peak_memory"])
+
+
+def main() -> None:
+    """Gate, runs in turns, page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", default="transformers", help="rollout.engine of align")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs that count")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    facts: dict[str, Any] = {}
+    settings = {"ppo.rollout.engine": arguments.engine}
+    facts["gate"], facts["probes"] = gate(settings)
+    facts["machine"] = calibrate()
+    facts |= in_turns(arguments.repeats, settings)
+    stages = facts["stages"]
+    config = json.loads((stages["base"].folder / "model" / "config.json").read_text(encoding="utf-8"))
+    facts["floor"] = floor_of(stages["ppo"], Shape.of(config), facts["task"], facts["mine"], facts["machine"])
+    save_page("benchmark_ppo", page(arguments.engine, facts))
+
+
+if __name__ == "__main__":
+    main()
