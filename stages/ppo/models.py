@@ -11,6 +11,7 @@ import torch
 
 from align.context import Context
 from align.data.render import Renderer
+from align.evaluation.scorer import RewardModel, shares_tokenizer
 from align.job import Input
 from align.models.adapters import AdaptedBase
 from align.models.handover import verify_tokenizer
@@ -21,7 +22,6 @@ from align.models.value import critic_from_policy, critic_from_reward, shared_he
 from align.training.trainer import training_dtype
 from stages.ppo.config import Config
 from stages.ppo.layout import Layout, layout
-from stages.ppo.scorer import RewardModel, shares_tokenizer
 
 
 @dataclass

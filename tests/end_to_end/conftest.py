@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 TINY = """\
 name: tiny
 evaluation: {gold: "align.demo.world:gold_scores", data: heldout.jsonl, prompts: 16, max_response_tokens: 8}
-base: {data: corpus.jsonl, vocabulary: 320, context: 128, hidden: 32, layers: 1, heads: 2, steps: 6, batch_size: 8}
+base: {data: corpus.jsonl, vocabulary: 320, context: 128, hidden: 32, layers: 1, heads: 1, steps: 6, batch_size: 8}
 sft: {data: demonstrations.jsonl, max_steps: 6, batch_size: 8, samples_every: 3, log_every: 2, optim: {lr: 3.0e-3}}
 reward:
   data: preferences.jsonl
@@ -26,7 +26,7 @@ reward:
 ppo:
   data: prompts.jsonl
   rollouts: 3
-  rollout: {prompts: 16, max_response_tokens: 8}
+  rollout: {prompts: 16, max_response_tokens: 8, engine: transformers}
   optim: {lr: 1.0e-3, eps: 1.0e-5}
 dpo: {data: preferences.jsonl, max_steps: 4, batch_size: 8, optim: {lr: 1.0e-4}}
 """

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from align.context import Context
+from align.evaluation.scorer import RewardModel, RewardScorer, shares_tokenizer
 from align.generation.engine import Samples
 from align.job import Job
 from align.models.load import load_tokenizer
@@ -19,7 +20,7 @@ from align.training.logprobs import response_states, state_values
 from stages.ppo.config import Config
 from stages.ppo.models import open_models
 from stages.ppo.rollout import join
-from stages.ppo.scorer import Rewarder, RewardModel, RewardScorer, shares_tokenizer
+from stages.ppo.scorer import Rewarder
 from tests.ppo.conftest import REWARD_MEAN, REWARD_STD, Tiny
 
 QUESTION = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a cat?"}]
