@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from hashlib import blake2b
+from itertools import groupby
+from typing import Any, Protocol
 
 import torch
+
+CACHE_BLOCK = 128
+"""Tokens for which vLLM reserves memory at a time on a CPU; fewer on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,53 @@ class Samples:
 
 
 class RolloutEngine(Protocol):
-    """What PPO and evaluation sample with."""
+    """What PPO, evaluation and `align generate` sample with."""
 
     name: str
+    independent: bool
+    """Whether it computes with code or weights of its own, so that it has to be compared with the policy."""
+
+    @property
+    def summary(self) -> str:
+        """How the policy's weights reach it."""
+        ...
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
-        """One response per prompt, in the order of the prompts."""
+        """One response per prompt, in the order of the prompts; an equal prompt several times for several responses.
+        Raises RolloutError when the engine gives up."""
         ...
 
     def sync(self) -> None:
-        """Makes the engine sample from the policy's current weights."""
+        """Makes the engine sample from the policy's current weights. Raises RolloutError when the engine gives up."""
         ...
+
+    def differing(self) -> list[str]:
+        """The names of weights that it holds otherwise than the policy; empty also where it cannot tell."""
+        ...
+
+    def close(self) -> None:
+        """Frees what it holds. The policy keeps its weights."""
+        ...
+
+
+def group_repeats(prompts: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], int]]:
+    """Each run of equal prompts as one of them and how many there are."""
+    return [(ids, len(list(run))) for ids, run in groupby(prompts)]
+
+
+def cache_bytes(config: Any, dtype: torch.dtype, max_length: int, max_sequences: int) -> int:
+    """Bytes of keys and values of so many sequences: 2 x layers x key-value heads x their size for each token, and
+    memory for whole blocks of tokens."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    tokens = -(-max_length // CACHE_BLOCK) * CACHE_BLOCK * max_sequences
+    return tokens * 2 * text.num_hidden_layers * heads * size * dtype.itemsize
+
+
+def request_seed(seed: int, number: int) -> int:
+    """A seed for each request: far apart, because vLLM counts on from it for further samples of one prompt."""
+    return int.from_bytes(blake2b(f"{seed} {number}".encode(), digest_size=7).digest())
 
 
 def cut_at_stop(token_ids: torch.Tensor, stop_ids: Sequence[int], pad_id: int) -> Samples:

@@ -15,6 +15,8 @@ class TransformersEngine:
     """Samples with `model.generate`, `batch_size` prompts at a time."""
 
     name = "transformers"
+    independent = False
+    summary = "on the policy's own weights"
 
     def __init__(self, model: Any, batch_size: int = 64):
         self.model = model
@@ -45,6 +47,13 @@ class TransformersEngine:
 
     def sync(self) -> None:
         """Nothing to do: the engine's weights are the trainer's."""
+
+    def differing(self) -> list[str]:
+        """None: there is one copy."""
+        return []
+
+    def close(self) -> None:
+        """Nothing to do: it holds nothing."""
 
     def _batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> torch.Tensor:
         ids, mask = left_pad(prompts, sampling.pad_id, self.model.device)

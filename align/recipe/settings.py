@@ -208,6 +208,35 @@ class CheckpointSettings(Settings):
     """How many are kept. All are removed once the stage's artifact is committed."""
 
 
+class EngineSettings(Settings):
+    """What generates responses."""
+
+    engine: Literal["auto", "vllm", "vllm-server", "transformers"] = "auto"
+    """vllm: vLLM in the stage's own process, on the policy's weights. vllm-server: vLLM in processes of its own, that
+    are started again when they die. transformers: its generation, which needs nothing more. auto: vllm where it is
+    installed and can run the model, else transformers; the stage says which."""
+
+    max_sequences: PositiveInt = execution(256)
+    """Responses that vLLM works on at a time."""
+
+    kv_cache_bytes: PositiveInt | None = execution(None)
+    """Memory for vLLM's cache of keys and values. None: on a CPU what `max_sequences` of the longest need, on a GPU
+    what `gpu_memory` leaves."""
+
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = execution(0.3)
+    """Share of the GPU's memory that vLLM may use: its weights, where they are not shared, and its cache."""
+
+    address: str | None = execution(None)
+    """vllm-server: URL of a server that runs already; its key is read from VLLM_API_KEY. None: one is started on this
+    machine, open to it alone, and ended with the stage."""
+
+    timeout: PositiveFloat = execution(600.0)
+    """vllm-server: seconds without an answer after which it counts as hanging."""
+
+    max_restarts: Annotated[int, Field(ge=0)] = execution(3)
+    """vllm-server: how often in a row it is started again, with the current policy, before the stage gives up."""
+
+
 class EvaluationSettings(Settings):
     """How policies are measured at the end of their stage, on held-out prompts."""
 

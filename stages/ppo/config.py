@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 from align.recipe.settings import (
     CheckpointSettings,
     Data,
+    EngineSettings,
     Fraction,
     LoraSettings,
     OptimSettings,
@@ -110,11 +111,8 @@ class OverlongSettings(Settings):
     """What a response at the cap loses."""
 
 
-class RolloutSettings(Settings):
+class RolloutSettings(EngineSettings):
     """How responses are sampled."""
-
-    engine: Literal["auto", "transformers"] = "auto"
-    """What generates. In this version both are transformers generation on the policy's own weights."""
 
     prompts: PositiveInt = 512
     """Prompts per rollout, over all processes."""
@@ -130,6 +128,14 @@ class RolloutSettings(Settings):
 
     micro_batch_size: PositiveInt = execution(64)
     """Responses sampled and scored at a time; a matter of memory."""
+
+    correction: Literal["token", "sequence-mask", "off"] = "token"
+    """What is done about tokens that the engine found more or less likely than the policy does. token: each is
+    weighted by w = pi_policy / pi_engine, at most `correction_cap` (truncated importance sampling). sequence-mask: by
+    the product of w over its response, and by 0 where that is above the cap. With transformers w is 1."""
+
+    correction_cap: Annotated[float, Field(ge=1)] = 2.0
+    """Largest weight of a token."""
 
 
 class CriticSettings(Settings):

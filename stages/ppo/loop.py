@@ -1,11 +1,13 @@
-"""The loop of PPO: sample -> score -> reference and values -> advantages -> epochs of minibatches -> sync."""
+"""The loop of PPO: sync -> sample -> score -> reference and values -> advantages -> epochs of minibatches."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +20,13 @@ from align.data.rows import Message
 from align.errors import ConfigError, Interrupted, NumericError, RolloutError
 from align.evaluation.policy import GoldScorer
 from align.generation.engine import RolloutEngine, Samples, Sampling
+from align.training.parity import NUM_PROBES, ParityGuard
 from align.training.progress import StageProgress
 from stages.ppo import alarms
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from stages.ppo.config import Config
-from stages.ppo.metrics import distinct_ngrams, mismatch_kl, rollout_metrics
+from stages.ppo.correction import correction_metrics, importance_weights
+from stages.ppo.metrics import distinct_ngrams, mismatch, rollout_metrics
 from stages.ppo.packing import visited
 from stages.ppo.rollout import Rollout, join
 from stages.ppo.scorer import Rewarder, Scores
@@ -37,6 +41,20 @@ class Question:
 
     messages: Sequence[Message]
     ids: list[int]
+
+
+@dataclass
+class Phases:
+    """Seconds of the phases of a rollout, as metrics. A GPU may still be at work when a phase ends."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times what is done inside, under the metric's name."""
+        started = time.monotonic()
+        yield
+        self.metrics[name] = time.monotonic() - started
 
 
 class Loop:
@@ -74,11 +92,10 @@ class Loop:
         the KL budget is spent. Raises Interrupted after a signal."""
         config, context = self.config, self.context
         start, self.history = load_checkpoint(context, self.trainer)
-        self.engine.sync()
         context.metrics.truncate_after(start)
         context.samples.truncate_after(start)
         checkpoint_every = config.checkpoint.every_steps or math.ceil(config.rollouts / 10)
-        self.console.print(f"  rollouts: {self.engine.name}", highlight=False)
+        self.console.print(f"  rollouts: {self.engine.name}, {self.engine.summary}", highlight=False)
         self.accelerator.init_trackers(context.job.stage, config=None)
         done = start
         with StageProgress(
@@ -96,8 +113,21 @@ class Loop:
                 if context.stop.is_set and done < config.rollouts:
                     context.stop_here(done)
         self.save(done)  # the policy is still to be measured, which may fail
-        self.accelerator.end_training()
         return done
+
+    @cached_property
+    def guard(self) -> ParityGuard:
+        """Compares the engine with the policy."""
+        probes = [question.ids for question in self.questions[:NUM_PROBES]]
+        trainer = self.trainer
+        return ParityGuard(
+            self.engine, trainer.actor, probes, self.sampling("parity"), trainer.precision, trainer.autocast
+        )
+
+    def sync(self) -> None:
+        """The engine samples from the policy as it is now. Raises RolloutError when it does not."""
+        self.engine.sync()
+        self.guard.check()
 
     def budget_spent(self, done: int, kl: float) -> None:
         """Says that the stage ends here. Raises ConfigError when nothing was learned yet."""
@@ -115,34 +145,44 @@ class Loop:
         save_checkpoint(self.context, self.trainer, self.history, done, self.config.checkpoint.keep)
 
     def rollout(self, index: int) -> tuple[dict[str, float], bool]:
-        """One round: sample, score, observe, improve, sync. Returns its metrics, and whether the KL budget is spent:
+        """One round: sync, sample, score, observe, improve. Returns its metrics, and whether the KL budget is spent:
         then the round is not learned from."""
-        started = time.monotonic()
+        started, phases = time.monotonic(), Phases()
         try:
+            with phases.phase("time/sync"):
+                self.sync()
             questions = self.batch(index)
-            samples = self.sample(questions, f"rollout {index}")
-            scores = self.rewarder([one.messages for one in questions], [one.ids for one in questions], samples)
+            with phases.phase("time/rollout"):
+                samples = self.sample(questions, f"rollout {index}")
+            with phases.phase("time/score"):
+                scores = self.rewarder([one.messages for one in questions], [one.ids for one in questions], samples)
         except (Interrupted, RolloutError):  # an engine or an endpoint is down: what was learned before is kept
             if index > 0:
                 self.save(index)
             raise
         device, processes = self.accelerator.device, self.trainer.processes
         responses = join([one.ids for one in questions], samples, self.renderer.pad_id, device)
-        rollout = self.trainer.observe(responses, scores.tokens.to(device))
+        with phases.phase("time/observe"):
+            rollout = self.trainer.observe(responses, scores.tokens.to(device))
         if index == 0 and self.starts_at_reference():
             difference = (rollout.logp_old - rollout.logp_ref).abs().max()
             alarms.check_starts_at_reference(float(difference), self.trainer.rounding)
         metrics = rollout_metrics(rollout, self.trainer.kl_coef, scores, processes)
         metrics |= self.text_metrics(questions, samples)
         if samples.logprobs is not None:
-            metrics["samples/mismatch_kl"] = mismatch_kl(samples.logprobs, rollout, processes)
+            metrics |= mismatch(samples.logprobs, rollout, processes)
+            settings = self.config.rollout
+            weights = importance_weights(samples.logprobs, rollout, settings.correction, settings.correction_cap)
+            metrics |= correction_metrics(weights, rollout, processes)
+            rollout = replace(rollout, advantages=rollout.advantages * weights)
         budget = self.config.kl.budget
         spent = budget is not None and metrics["objective/kl"] > budget
         if not spent:
-            metrics |= self.trainer.improve(rollout, index)
+            with phases.phase("time/learn"):
+                metrics |= self.trainer.improve(rollout, index)
             self.trainer.adapt(metrics["objective/kl"], index)
-            self.engine.sync()
         self.write_samples(index, questions, samples, scores, rollout)
+        metrics |= phases.metrics
         metrics["episode"] = float((index + 1) * self.config.responses)
         metrics["eps"] = self.config.responses / (time.monotonic() - started)
         return metrics, spent
@@ -175,16 +215,18 @@ class Loop:
 
     def sample(self, questions: Sequence[Question], name: str) -> Samples:
         """One response per question; every process draws its own."""
+        return self.engine.generate([one.ids for one in questions], self.sampling(name))
+
+    def sampling(self, name: str) -> Sampling:
+        """How responses are sampled; the seed is that of `name` and this process."""
         rollout = self.config.rollout
-        seed = self.context.seed(f"{name}, process {self.accelerator.process_index}")
-        sampling = Sampling(
+        return Sampling(
             rollout.max_response_tokens,
             rollout.temperature,
             self.renderer.stop_ids,
             self.renderer.pad_id,
-            seed,
+            self.context.seed(f"{name}, process {self.accelerator.process_index}"),
         )
-        return self.engine.generate([one.ids for one in questions], sampling)
 
     def sample_sequences(self, count: int) -> list[list[int]]:
         """Whole sequences of the trained policy, prompt and response, as probes for the hand-over check."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from align.training.masked import ALONE, Processes, correlation, masked_sum, moments
@@ -74,10 +75,16 @@ def _critic_metrics(rollout: Rollout, processes: Processes) -> dict[str, float]:
     }
 
 
-def mismatch_kl(engine_logprobs: Tensor, rollout: Rollout, processes: Processes = ALONE) -> float:
-    """KL per token from the engine that sampled to the trainer, by k3: log-probabilities (B,T) of the same tokens."""
-    gap = kl.k3(engine_logprobs.to(rollout.logp_old), rollout.logp_old)
-    return moments(gap, rollout.responses.mask, processes.sum).mean
+def mismatch(engine_logprobs: Tensor, rollout: Rollout, processes: Processes = ALONE) -> dict[str, float]:
+    """How the engine's log-probabilities (B,T) of what it sampled differ from the trainer's: the KL per token from
+    engine to trainer, by k3, and mean and maximum of the absolute difference."""
+    theirs, mask = engine_logprobs.to(rollout.logp_old), rollout.responses.mask
+    gap = torch.where(mask, theirs - rollout.logp_old, 0).abs()
+    return {
+        "samples/mismatch_kl": moments(kl.k3(theirs, rollout.logp_old), mask, processes.sum).mean,
+        "samples/mismatch_mean": moments(gap, mask, processes.sum).mean,
+        "samples/mismatch_max": float(processes.max(gap.max()[None].double())),
+    }
 
 
 def distinct_ngrams(responses: Sequence[Sequence[int]], n: int = 2) -> float:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from rich.console import Console
+from rich.markup import escape
 from transformers import set_seed
 
 from align.context import Context
@@ -20,11 +22,13 @@ from align.data.render import Renderer
 from align.data.rows import Prompt
 from align.errors import ConfigError, DataError, Problem
 from align.evaluation.policy import load_gold
+from align.evaluation.scorer import RewardScorer
 from align.evaluation.stage import evaluate_stage, held_out_prompts
 from align.generation.engine import RolloutEngine
-from align.generation.transformers_engine import TransformersEngine
+from align.generation.open import Sampled, open_engine
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
+from align.models.load import local_folder
 from align.models.opened import Opened, commit_policy
 from align.recipe.settings import EvaluationSettings, Role
 from align.rewards.functions import call_function, load_function
@@ -33,11 +37,11 @@ from align.rewards.settings import RewardTerm
 from align.training.masked import Processes
 from align.training.rows import TokenRow, demonstration_row, load_rows
 from align.training.trainer import training_dtype
-from stages.ppo.config import Config, RolloutSettings
+from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
 from stages.ppo.models import Models, open_models
 from stages.ppo.ptx import Demonstrations
-from stages.ppo.scorer import Rewarder, RewardScorer, TextScorer
+from stages.ppo.scorer import Rewarder, TextScorer
 from stages.ppo.trainer import PPOTrainer
 
 WARMUP_ROLLOUTS = 20
@@ -71,7 +75,7 @@ def run(config: Config, context: Context) -> StageResult:
         precision=training_dtype(config.precision),
         demonstrations=new_demonstrations(config, context, policy, accelerator),
     )
-    engine = new_engine(config.rollout, policy)
+    engine = new_engine(config, context, policy, longest_sequence(policy, questions, config, prompts, evaluation))
     loop = Loop(
         config,
         context,
@@ -84,22 +88,23 @@ def run(config: Config, context: Context) -> StageResult:
         gold=load_gold(evaluation.gold),
         max_training_score=models.max_training_score,
     )
-    done = loop.run()
-
-    with nullcontext() if trainer.ema is None else trainer.ema.applied():
-        engine.sync()
-        probes = loop.sample_sequences(NUM_PROBES)
-        metrics = evaluate_stage(
-            context,
-            evaluation,
-            engine,
-            models.actor,
-            policy.renderer,
-            prompts,
-            reference=models.reference,
-            scorer=rewarder.total,
-        )
-        _, handover = commit_policy(context.commit_model(), policy.model, policy, probes)
+    with closing(engine):
+        done = loop.run()
+        with nullcontext() if trainer.ema is None else trainer.ema.applied():
+            loop.sync()
+            probes = loop.sample_sequences(NUM_PROBES)
+            metrics = evaluate_stage(
+                context,
+                evaluation,
+                engine,
+                models.actor,
+                policy.renderer,
+                prompts,
+                reference=models.reference,
+                scorer=rewarder.total,
+            )
+            _, handover = commit_policy(context.commit_model(), policy.model, policy, probes)
+    accelerator.end_training()  # takes down all process groups, so not before the engine's
     counts = {
         "rollouts": done,
         "optimiser_steps": trainer.num_steps,
@@ -116,9 +121,38 @@ def new_accelerator(context: Context) -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers or None, project_config=folders)
 
 
-def new_engine(settings: RolloutSettings, policy: Opened) -> RolloutEngine:
+def new_engine(config: Config, context: Context, policy: Opened, max_length: int) -> RolloutEngine:
     """The rollout engine the recipe asks for."""
-    return TransformersEngine(policy.model, settings.micro_batch_size)
+    console = Console(stderr=True, highlight=False)
+    what = Sampled(
+        policy.model,
+        Path(local_folder(context.input("policy"))),
+        training_dtype(config.precision),
+        max_length,
+        config.rollout.micro_batch_size,
+    )
+    return open_engine(
+        config.rollout,
+        what,
+        notice=lambda text: console.print(f"  rollouts: {escape(text)}"),
+        log=context.directory / "vllm.log",
+    )
+
+
+def longest_sequence(
+    policy: Opened,
+    questions: Sequence[Question],
+    config: Config,
+    prompts: Sequence[Prompt],
+    evaluation: EvaluationSettings,
+) -> int:
+    """Tokens of the longest prompt and response that the engine will see, in training and evaluation; at most the
+    policy's context."""
+    context = getattr(policy.model.config, "max_position_embeddings", None)
+    trained = max(len(question.ids) for question in questions) + config.rollout.max_response_tokens
+    asked = [len(policy.renderer.prompt(prompt.messages, prompt.source)) for prompt in prompts]
+    longest = max(trained, max(asked, default=0) + evaluation.max_response_tokens)
+    return min(longest, context or longest)
 
 
 def new_rewarder(config: Config, models: Models, texts: Mapping[str, TextScorer]) -> Rewarder:

@@ -151,7 +151,7 @@ class PPOTrainer:
             views.append((self.critic, self._critics_view))
         parts: dict[str, list[Tensor]] = defaultdict(list)
         for role, view in views:  # a role after the other: an offloaded one is moved once
-            with role.active(), self._autocast():
+            with role.active(), self.autocast():
                 for batch in batches:
                     for name, part in view(batch).items():
                         parts[name].append(nn.functional.pad(part, (0, responses.width - batch.width)))
@@ -234,7 +234,7 @@ class PPOTrainer:
         shared = self.shares_states
         if train_actor or shared:
             with self.actor.active():
-                with self._autocast(), torch.set_grad_enabled(train_actor):
+                with self.autocast(), torch.set_grad_enabled(train_actor):
                     states = self._states(self.actor, batch)
                 objective = states.new_zeros(())
                 if train_actor:
@@ -245,7 +245,7 @@ class PPOTrainer:
                 (objective / weight).backward()
         if self.critic is not None and not shared:
             with self.critic.active():
-                with self._autocast():
+                with self.autocast():
                     states = self._states(self.critic, batch)
                 value_sum, value_stats = self._value_objective(rollout, index, batch, states)
                 (value_sum / weight).backward()
@@ -262,7 +262,7 @@ class PPOTrainer:
             tensor[index, columns]
             for tensor in (rollout.logp_old, rollout.logp_ref, rollout.advantages, rollout.learned)
         )
-        with self._autocast():
+        with self.autocast():
             logp, entropy = state_logprobs(
                 self.actor,
                 states[:, :-1],
@@ -288,7 +288,7 @@ class PPOTrainer:
         old, returns, learned = (
             tensor[index, : batch.width] for tensor in (rollout.values, rollout.returns, rollout.learned)
         )
-        with self._autocast():
+        with self.autocast():
             values = state_values(self.critic, states)[:, :-1]
         value_sum, stats = value_loss(values, old, returns, learned, self.config.clip.value)
         return value_sum, {"value_loss": value_sum.detach(), "value_clipfrac": stats["clipfrac"]}
@@ -303,7 +303,7 @@ class PPOTrainer:
         for index in self._micro_batches(batch):
             part = batch.rows(index)
             with self.actor.active():
-                with self._autocast():
+                with self.autocast():
                     states = self._states(self.actor, part)
                     logp, _ = state_logprobs(self.actor, states[:, :-1], part.tokens, part.mask, 1.0)
                 loss = -masked_sum(logp, part.mask)
@@ -331,7 +331,8 @@ class PPOTrainer:
             return float(self.processes.max(value[None].double().to(self.actor.device)))
         return self._total(value) / tokens
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The precision that passes are computed in."""
         return torch.autocast(self.actor.device.type, dtype=self.precision, enabled=self.precision is not torch.float32)
 
     def _zero_grad(self) -> None:

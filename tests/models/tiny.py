@@ -20,6 +20,8 @@ from stages.base.config import Config
 from stages.base.run import new_model, train_tokenizer
 
 CONFIG = Config(vocabulary=300, context=64, hidden=32, layers=2, heads=2)
+FOR_VLLM = CONFIG.model_copy(update={"hidden": 64})
+"""On a CPU its attention wants heads of 32."""
 
 
 def demo_texts(count: int, seed: int = 1) -> list[tuple[str, str]]:
@@ -38,12 +40,12 @@ def new_tokenizer() -> Any:
     return train_tokenizer(documents, CONFIG.vocabulary, CONFIG.context)
 
 
-def new_opened(seed: int = 0) -> Opened:
+def new_opened(seed: int = 0, config: Config = CONFIG) -> Opened:
     """A policy with random weights. Wider than a fresh initialisation, so that it is sure of something and every
     weight matters."""
     torch.manual_seed(seed)
     tokenizer = new_tokenizer()
-    model = new_model(CONFIG, tokenizer)
+    model = new_model(config, tokenizer)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

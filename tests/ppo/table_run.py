@@ -34,7 +34,7 @@ ROWS, ROLLOUTS = 256, 300
 class TableEngine:
     """Samples exactly from the distribution of a table, all rows at once."""
 
-    name = "table"
+    name, summary, independent = "table", "", False
 
     def __init__(self, model: TableModel):
         self.model = model

@@ -31,7 +31,8 @@ from stages.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import Tiny
 
 QUESTIONS = 7
-CLOCK = {"time", "eps"}
+PHASES = {"time/rollout", "time/score", "time/observe", "time/learn", "time/sync"}
+CLOCK = {"time", "eps", *PHASES}
 """Metrics of when and how fast."""
 Wrap = Callable[[TransformersEngine, Context], Any]
 
@@ -108,7 +109,7 @@ def make_loop(
 class StopAfter:
     """An engine during whose n-th call the stop signal comes."""
 
-    name = "stop"
+    name, summary, independent = "stop", "", False
 
     def __init__(self, engine: TransformersEngine, context: Context, calls: int):
         self.engine, self.context, self.calls = engine, context, calls
@@ -125,7 +126,7 @@ class StopAfter:
 class OwnWeights:
     """An engine with weights of its own, like one in another process: it samples from what it was last given."""
 
-    name = "own weights"
+    name, summary, independent = "own weights", "", False
 
     def __init__(self, engine: TransformersEngine, context: Context):
         self.source = engine.model

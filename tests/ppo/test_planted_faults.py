@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from align.context import Context
 from align.data.render import Renderer
 from align.errors import NumericError
+from align.evaluation.scorer import RewardModel, RewardScorer
 from align.generation.engine import Samples, Sampling
 from align.job import Input, Job
 from align.models.opened import Opened
@@ -35,7 +36,7 @@ from stages.ppo.alarms import RULES
 from stages.ppo.config import Config, CriticSettings, KLSettings, RolloutSettings
 from stages.ppo.loop import Loop, Question
 from stages.ppo.rollout import join
-from stages.ppo.scorer import Rewarder, RewardModel, RewardScorer
+from stages.ppo.scorer import Rewarder
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import Tiny
 from tests.ppo.table_model import DEPTH, EOS, PAD, PROMPT, STATES, A, B, TableModel, child, complete_responses
@@ -49,7 +50,8 @@ Score = Callable[[Response], float]
 
 class SeparateEngine(TableEngine):
     """An engine with weights of its own that reports its log-probabilities. Its faults: it samples only from the
-    `most_likely` tokens, or never gets new weights."""
+    `most_likely` tokens, or never gets new weights. It does not say that it is independent: the parity guard would stop
+    the run before an alarm could see anything."""
 
     def __init__(self, policy: TableModel, most_likely: int = 3, syncs: bool = True):
         super().__init__(TableModel(policy.table.detach()))

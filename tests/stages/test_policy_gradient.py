@@ -22,20 +22,21 @@ from stages.ppo.config import KLSettings, MissingEosSettings
 from stages.ppo.layout import describe
 from stages.ppo.models import open_models
 from stages.ppo.run import run, training_questions
-from tests.models.tiny import new_opened, save_policy
+from tests.models.tiny import FOR_VLLM, new_opened, save_policy
 from tests.stages.harness import LORA
 
 NF4: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8, "quantise": "nf4"}}
 OPTIM = {"lr": 1e-2, "eps": 1e-5}
 SMALL: dict[str, Any] = {
     "rollouts": 3,
-    "rollout": {"prompts": 4, "responses_per_prompt": 2, "max_response_tokens": 6},
+    "rollout": {"prompts": 4, "responses_per_prompt": 2, "max_response_tokens": 6, "engine": "transformers"},
     "epochs": 2,
     "micro_batch_size": 4,
     "optim": OPTIM,
     "missing_eos": {"rule": "off"},  # the tiny policy never ends: by the default rule all its responses would be alike
 }
 CRITIC = {"critic": {"optim": OPTIM}}
+VLLM = {"rollout": {**SMALL["rollout"], "engine": "vllm", "kv_cache_bytes": 2**24}}
 FUNCTIONS = {
     "model": {"weight": 0.5},
     "brevity": {"function": "tests.stages.reward_functions:brevity"},
@@ -60,6 +61,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "terms": ("rloo", {"reward": FUNCTIONS}, 3),
     "functions only": ("ppo", {**CRITIC, "reward": {"brevity": FUNCTIONS["brevity"]}}, 3),
     "an ensemble on one base": ("rloo", {**LORA, "reward": ["a", "b"], "reward_lora": LORA}, 1),
+    "four models and vllm": ("ppo", {**CRITIC, **VLLM}, 4),
+    "adapters and vllm": ("ppo", {**CRITIC, **LORA, **VLLM}, 2),
+    "adapters on nf4 and vllm": ("ppo", {**CRITIC, **NF4, **VLLM}, 2),
+    "rloo and a vllm server": ("rloo", {"rollout": {**VLLM["rollout"], "engine": "vllm-server"}}, 3),
+    "average and vllm": ("rloo", {"ema": 0.9, **VLLM}, 3),
     "average and demonstrations": ("rloo", {"ema": 0.9, "ptx": {"batch_size": 4}}, 3),
     "rules": (
         "ppo",
@@ -82,6 +88,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
 def new_job(base: Input, files, finished, new_run, tmp_path_factory):
     """Makes the configuration and the context of a variant in a folder."""
     quantised = []
+    wide = save_policy(new_opened(config=FOR_VLLM), tmp_path_factory.mktemp("wide") / "model")
 
     def reward_of(settings: dict[str, Any] | None) -> Input:
         if settings is NF4 and not quantised:
@@ -100,7 +107,8 @@ def new_job(base: Input, files, finished, new_run, tmp_path_factory):
         if "ptx" in settings:
             settings["ptx"] = {**settings["ptx"], "data": settings["data"]}
         config = load_specs()[kind].config.model_validate(settings)
-        inputs = {"policy": base, "reference": base, **dict.fromkeys(config.sources("reward"), reward)}
+        policy = base if config.rollout.engine == "transformers" else wide
+        inputs = {"policy": policy, "reference": policy, **dict.fromkeys(config.sources("reward"), reward)}
         job = Job(
             stage=kind,
             kind=kind,
@@ -135,7 +143,7 @@ def trained(new_job, tmp_path_factory):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_stage_learns_and_hands_over(variant, trained, base):
+def test_a_stage_learns_and_hands_over(variant, trained):
     """Every rollout is reported, the KL starts at exactly 0 and moves, the saved policy is the trained one and another
     than the one before."""
     config, context, result = trained(variant)
@@ -148,7 +156,7 @@ def test_a_stage_learns_and_hands_over(variant, trained, base):
     assert result.metrics["optimiser_steps"] == 3 * config.epochs * config.minibatches
     read_manifest(context.model_directory, hashes=True)
     saved = AutoModelForCausalLM.from_pretrained(context.model_directory).state_dict()
-    before = AutoModelForCausalLM.from_pretrained(base.path).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(context.input("policy").path).state_dict()
     assert any(not torch.equal(saved[name], before[name]) for name in before)
     assert (context.model_directory / "adapter").is_dir() is (config.lora is not None)
 
@@ -163,6 +171,17 @@ def test_the_models_in_memory_are_those_of_the_plan(variant, new_job, tmp_path):
     bodies = {id(role.body) for role in roles}
     assert len(bodies) == len(describe(config, context.job.inputs)) == VARIANTS[variant][2]
     assert (models.critic is None) is not config.has_critic
+
+
+ON_VLLM = [variant for variant, (_, changes, _) in VARIANTS.items() if changes.keys() >= VLLM.keys()]
+
+
+@pytest.mark.parametrize("variant", ON_VLLM)
+def test_the_engine_samples_from_the_policy_at_every_rollout(variant, trained):
+    """What vLLM says of its tokens is what the trainer says, also after updates; the correction has nothing to do."""
+    for row in trained(variant)[1].metrics.read():
+        assert row["samples/mismatch_max"] < 1e-4 and abs(row["samples/mismatch_kl"]) < 1e-8
+        assert row["correction/weight_min"] == pytest.approx(1, abs=1e-4) == row["correction/weight_max"]
 
 
 def test_one_base_gives_what_several_models_give(trained):
@@ -192,7 +211,9 @@ def test_a_critic_without_a_reward_model_warms_up_first(new_job, tmp_path):
 def test_nothing_is_learned_from_cut_responses_that_are_left_out(new_job, base, tmp_path):
     """Row 11, at its extreme: all responses are cut, so no step is taken, and the policy is committed as it was."""
     config, context = new_job("four models", tmp_path)
-    result = run(config.model_copy(update={"missing_eos": MissingEosSettings(rule="mask")}), context)
+    short = config.rollout.model_copy(update={"max_response_tokens": 1})
+    masked = {"missing_eos": MissingEosSettings(rule="mask"), "rollout": short}
+    result = run(config.model_copy(update=masked), context)
     assert result.metrics["optimiser_steps"] == 0
     saved = AutoModelForCausalLM.from_pretrained(context.model_directory).state_dict()
     before = AutoModelForCausalLM.from_pretrained(base.path).state_dict()

@@ -1,0 +1,95 @@
+"""Opens the engine that a recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.errors import ConfigError
+from align.generation.engine import RolloutEngine
+from align.generation.transformers_engine import TransformersEngine
+from align.generation.weights import effective_weights
+from align.recipe.settings import EngineSettings
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What an engine is opened for."""
+
+    policy: Any
+    """The model in memory, which may change."""
+    folder: Path
+    """Where it was read from: for its config."""
+    dtype: torch.dtype
+    """What the engine computes in."""
+    max_length: int
+    """Tokens of the longest prompt and response."""
+    batch_size: int
+    """Responses that transformers samples at a time."""
+
+
+def open_engine(
+    settings: EngineSettings, what: Sampled, *, notice: Callable[[str], None], log: Path | None = None
+) -> RolloutEngine:
+    """The engine that a recipe asks for. `auto` is vLLM in this process where it is installed and can run the model,
+    else transformers; `notice` is told why, and whatever else happens to the engine. A server writes to the file `log`.
+
+    Raises ConfigError when the engine that is asked for is not installed, or cannot run the model.
+    """
+    if settings.engine == "transformers":
+        return TransformersEngine(what.policy, what.batch_size)
+    if find_spec("vllm") is None:
+        if settings.engine != "auto":
+            raise ConfigError(
+                f"rollout.engine {settings.engine}: vLLM is not installed; install it (docs/rollouts.md) or use "
+                "transformers"
+            )
+        notice("transformers, because vLLM is not installed")
+        return TransformersEngine(what.policy, what.batch_size)
+    if settings.engine == "vllm-server":
+        return _server(settings, what, notice, log)
+    try:
+        return _in_process(settings, what)
+    except ConfigError as error:
+        if settings.engine != "auto":
+            raise
+        notice(f"transformers, because {error}")
+        return TransformersEngine(what.policy, what.batch_size)
+
+
+def _in_process(settings: EngineSettings, what: Sampled) -> RolloutEngine:
+    from align.generation.vllm_engine import VllmEngine  # optional, and takes seconds
+
+    return VllmEngine(
+        what.policy,
+        what.folder,
+        dtype=what.dtype,
+        max_length=what.max_length,
+        max_sequences=settings.max_sequences,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        gpu_memory=settings.gpu_memory,
+    )
+
+
+def _server(settings: EngineSettings, what: Sampled, notice: Callable[[str], None], log: Path | None) -> RolloutEngine:
+    from align.generation.vllm_server import Timeouts, VllmServerEngine
+
+    return VllmServerEngine(
+        what.folder,
+        lambda: ((weight.name, weight.effective()) for weight in effective_weights(what.policy)),
+        dtype=what.dtype,
+        max_length=what.max_length,
+        max_sequences=settings.max_sequences,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        gpu_memory=settings.gpu_memory,
+        address=settings.address,
+        timeouts=Timeouts(settings.timeout, settings.timeout, settings.timeout),
+        max_restarts=settings.max_restarts,
+        notice=notice,
+        log=log,
+    )

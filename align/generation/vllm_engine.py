@@ -1,0 +1,186 @@
+"""vLLM in this very process: token ids in, token ids and their log-probabilities out, on the trainer's own weights.
+
+Import this module where the engine is opened: vLLM is optional, and importing it takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from align.errors import ConfigError, RolloutError
+from align.generation.engine import Samples, Sampling, cache_bytes, group_repeats, request_seed
+from align.generation.weights import HandOver
+
+# Read by vLLM at its import. In this process: a policy cannot share its weights with another one.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # about Triton and torch, for vLLM's developers
+    import vllm._custom_ops as vllm_ops
+    from vllm import LLM, SamplingParams
+    from vllm.model_executor.layers import utils as vllm_layers
+    from vllm.platforms import current_platform
+
+
+class VllmEngine:
+    """Samples with vLLM's `LLM` from a policy's weights as they are at the last `sync`. One at a time in a process."""
+
+    name = "vllm"
+    independent = True
+
+    def __init__(
+        self,
+        policy: Any,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        max_length: int,
+        max_sequences: int,
+        kv_cache_bytes: int | None = None,
+        gpu_memory: float = 0.3,
+        seed: int = 0,
+    ):
+        """`folder` holds the config of `policy`, a causal model or a PeftModel around one; weights are taken from
+        memory. `max_length` tokens, prompt and response, fit a sequence, `max_sequences` are computed at a time. On a
+        CPU the cache of keys and values takes `kv_cache_bytes`, by default as many as all sequences need; on a GPU the
+        engine takes the share `gpu_memory` of it.
+
+        Raises ConfigError when vLLM cannot hold the model.
+        """
+        if torch.cuda.is_available() and kv_cache_bytes is None:
+            memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory}
+        else:
+            needed = cache_bytes(policy.config, dtype, max_length, max_sequences)
+            memory = {"kv_cache_memory_bytes": kv_cache_bytes or needed}
+        try:
+            with _plain_weights():
+                self.llm = LLM(
+                    str(folder),
+                    skip_tokenizer_init=True,
+                    load_format="dummy",  # a weight that is not handed over is random, and cannot go unnoticed
+                    dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                    generation_config="vllm",
+                    logprobs_mode="processed_logprobs",  # of the distribution that was sampled, after temperature
+                    max_model_len=max_length,
+                    max_num_seqs=max_sequences,
+                    enforce_eager=not torch.cuda.is_available(),
+                    seed=seed,
+                    **memory,
+                )
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise _cannot_run(folder, error) from error
+        model = self._model()
+        load: Any = model.load_weights
+        try:
+            self.handover = HandOver(policy, model, load, getattr(model, "packed_modules_mapping", {}))
+        except Exception as error:  # loaders raise anything
+            self._shut_down()
+            raise _cannot_run(folder, error) from error
+        try:  # what has no kernel on this machine shows only now
+            self.generate([[0]], Sampling(1, 1.0, (), 0, seed))
+        except RolloutError as error:
+            self.close()
+            raise _cannot_run(folder, error) from error
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
+        """One response per prompt. Prompts that follow each other and are equal are one request for several samples.
+        Each request has a seed of its own, so a response does not depend on what else is in the batch.
+
+        Raises RolloutError when vLLM fails.
+        """
+        groups = group_repeats(prompts)
+        settings = [
+            SamplingParams(
+                n=count,
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=list(sampling.stop_ids),
+                ignore_eos=True,  # what ends a response is in stop_ids
+                seed=request_seed(sampling.seed, number),
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for number, (_, count) in enumerate(groups)
+        ]
+        requests: Any = [{"prompt_token_ids": list(ids)} for ids, _ in groups]
+        try:
+            outputs = self.llm.generate(requests, settings, use_tqdm=False)
+        except Exception as error:  # whatever its inside raises, the engine is not to be trusted any more
+            raise RolloutError(f"vLLM gave up: {type(error).__name__}: {_first_line(error)}") from error
+        return to_samples([one for output in outputs for one in output.outputs], sampling.pad_id)
+
+    def sync(self) -> None:
+        """Makes the engine sample from the policy's current weights. What it has cached of prompts is of older ones."""
+        self.handover.sync()
+        self.llm.reset_prefix_cache()
+
+    @property
+    def summary(self) -> str:
+        """How weights reach the engine."""
+        return self.handover.summary
+
+    def differing(self) -> list[str]:
+        """The names of weights that the engine holds otherwise than the policy."""
+        return self.handover.differing()
+
+    def close(self) -> None:
+        """Gives the policy memory of its own again, and the engine's back."""
+        self.handover.release()
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _model(self) -> nn.Module:
+        executor: Any = self.llm.llm_engine.model_executor
+        return executor.driver_worker.worker.model_runner.model
+
+
+def to_samples(outputs: Sequence[Any], pad_id: int) -> Samples:
+    """vLLM's completions as padded tensors."""
+    lengths = torch.tensor([len(one.token_ids) for one in outputs])
+    ids = torch.full((len(outputs), int(lengths.max())), pad_id)
+    logprobs = torch.zeros(ids.shape)
+    for row, one in enumerate(outputs):
+        ids[row, : lengths[row]] = torch.tensor(list(one.token_ids))
+        logprobs[row, : lengths[row]] = _chosen(one.logprobs)
+    return Samples(ids, lengths, torch.tensor([one.finish_reason == "stop" for one in outputs]), logprobs)
+
+
+def _chosen(flat: Any) -> Tensor:
+    """The log-probability of each sampled token: with logprobs=0 there is one per position."""
+    return torch.tensor(flat.logprobs)
+
+
+@contextmanager
+def _plain_weights() -> Iterator[None]:
+    """Inside, models are built without packed copies of their weights, which vLLM makes on a CPU: they would stay as
+    they are when the weights change."""
+    if not current_platform.is_cpu():
+        yield
+        return
+    with (
+        patch.object(vllm_ops, "_supports_onednn", False),
+        patch.object(vllm_layers, "check_cpu_sgl_kernel", lambda *_: False),
+    ):
+        yield
+
+
+def _cannot_run(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"rollout.engine vllm cannot run {folder}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,436 @@
+"""vLLM as a server: token ids and their log-probabilities over HTTP, from processes that may die and come back.
+
+The server is a child of ours, on 127.0.0.1 and behind a key; or one that runs already, at `address`. Weights reach it
+through memory, whatever the device. When it dies, hangs or breaks, the server is started again, given the policy again
+and asked again with the same seeds; the responses are the same (up to rounding, which depends on what else happens to
+be in a batch).
+
+A server of one's own, on this machine and of the same user, with the key in VLLM_API_KEY here and there:
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --tokens-only --host 127.0.0.1
+        --worker-extension-cls align.generation.vllm_worker.WeightReceiver
+        --middleware align.generation.vllm_launch.Guard
+        --logprobs-mode processed_logprobs --generation-config vllm
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import httpx
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from align.data.faults import escaped
+from align.errors import ConfigError, NumericError, RolloutError
+from align.generation.engine import Samples, Sampling, cache_bytes, group_repeats, request_seed
+from align.generation.vllm_launch import KEY_VARIABLE
+from align.generation.vllm_process import ServerProcess
+
+Result = TypeVar("Result")
+
+BUCKET_BYTES = 512 * 2**20
+"""Weights that are on their way at a time."""
+
+MOST_REQUESTS = 256
+"""Requests under way at a time."""
+
+UNKNOWN = -9999.0
+"""What the server sends for a log-probability that is not finite: JSON has no number for it."""
+
+LONGEST_MESSAGE = 500
+"""Characters of what a server says that go into an error."""
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds without an answer after which a server counts as hanging."""
+
+    start: float = 600.0
+    """Until it is ready."""
+    answer: float = 600.0
+    """Until all responses to one prompt are complete."""
+    sync: float = 300.0
+    """Until it has loaded BUCKET_BYTES of weights."""
+
+
+class VllmServerEngine:
+    """Samples with a vLLM server from a policy's weights as they are at the last `sync`."""
+
+    name = "vllm-server"
+    independent = True
+
+    def __init__(
+        self,
+        folder: Path,
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        *,
+        dtype: torch.dtype,
+        max_length: int,
+        max_sequences: int,
+        seed: int = 0,
+        kv_cache_bytes: int | None = None,
+        gpu_memory: float = 0.3,
+        address: str | None = None,
+        transfer: Literal["memory", "nccl"] = "memory",
+        timeouts: Timeouts = Timeouts(),
+        max_restarts: int = 3,
+        log: Path | None = None,
+        notice: Callable[[str], None] = lambda text: None,
+    ):
+        """Starts the server and gives it the policy.
+
+        `folder` holds the config of the policy; `weights` gives its effective weights as they are when it is called,
+        by their names in a saved model, tied ones once or twice. `max_length` tokens, prompt and response, fit a
+        sequence, `max_sequences` are computed at a time. On a CPU the cache of keys and values takes `kv_cache_bytes`,
+        by default as many as all sequences need; on a GPU the engine takes the share `gpu_memory` of it.
+
+        A server that fails is started again at most `max_restarts` times in a row; `notice` is given a line about each.
+        What it prints goes to the file `log`, by default a temporary one that is kept if the server failed.
+
+        Raises RolloutError when the server does not start or does not take the weights.
+        """
+        self._weights, self.dtype = weights, dtype
+        self.max_length, self.max_sequences = max_length, max_sequences
+        self.timeouts, self.max_restarts, self._notice = timeouts, max_restarts, notice
+        self._address, self._transfer = address, transfer
+        self._removes_log = address is None and log is None
+        self.log = _temporary_log() if self._removes_log else log or Path(os.devnull)
+        cache = _cache_options(folder, dtype, max_length, max_sequences, kv_cache_bytes, gpu_memory)
+        self._options = [*_options(folder, dtype, max_length, max_sequences, seed, transfer), *cache]
+        self._environment = {"HF_HUB_OFFLINE": "1"} if folder.is_dir() else {}
+        self.server: ServerProcess | None = None
+        self._client: httpx.Client | None = None
+        self._sender: Any = None
+        self._is_current = False
+        atexit.register(self.close)
+        try:
+            self._start()
+            self.sync()
+        except _Unavailable as failure:  # of the first start: it is not tried again, the settings may be wrong
+            raise self._given_up(failure) from None
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def summary(self) -> str:
+        """How weights reach the server."""
+        return f"weights sent to a server through {'memory' if self._transfer == 'memory' else 'NCCL'}"
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
+        """One response per prompt. Prompts that follow each other and are equal are one request for several samples.
+        Each request has a seed of its own, so a response does not depend on what else is in the batch.
+
+        Raises ConfigError for a prompt that is too long, RolloutError when the server gave up, NumericError when it
+        computes what is not finite.
+        """
+        room = self.max_length - sampling.max_tokens
+        if (longest := max(map(len, prompts))) > room:
+            raise ConfigError(
+                f"rollout: a prompt of {longest} tokens and a response of {sampling.max_tokens} do not fit "
+                f"the engine's {self.max_length} (shorten prompts, or raise the engine's length)"
+            )
+        bodies = [
+            _request(ids, count, sampling, number)
+            for number, (ids, count) in enumerate(_at_most(group_repeats(prompts), self.max_sequences))
+        ]
+        answers = self._surviving(lambda: self._ask(bodies))
+        return to_samples([one for answer in answers for one in answer], sampling)
+
+    def sync(self) -> None:
+        """Gives the server the policy's current weights. Raises RolloutError when it gave up or does not take them."""
+        self._is_current = False
+        self._surviving(lambda: None)
+
+    def differing(self) -> list[str]:
+        """Nothing: what the server holds is not read back. A weight that it was not given is an error of `sync`."""
+        return []
+
+    def close(self) -> None:
+        """Ends the server, unless it is somebody else's."""
+        atexit.unregister(self.close)
+        self._kill()
+        if self._removes_log:
+            self.log.unlink(missing_ok=True)
+
+    def _surviving(self, action: Callable[[], Result]) -> Result:
+        """What `action` returns with a server that runs and has the current policy, however often that takes one."""
+        for restarts_left in reversed(range(self.max_restarts + 1)):
+            try:
+                if self._client is None:
+                    self._start()
+                if not self._is_current:
+                    self._send_weights()
+                return action()
+            except _Unavailable as failure:
+                if not restarts_left:
+                    raise self._given_up(failure) from None
+                self._kill()
+                self._notice(f"the vLLM server {failure}; starting it again")
+        raise AssertionError("unreachable")
+
+    def _given_up(self, failure: _Unavailable) -> RolloutError:
+        """Ends the server; the error has its last words, if it is ours."""
+        end = "" if self.server is None else f"; its log {self.log} ends:\n{self.server.last_lines()}"
+        self._removes_log = False  # it is worth keeping
+        self._kill()
+        return RolloutError(f"the vLLM server{'' if self._address is None else f' at {self._address}'} {failure}{end}")
+
+    def _start(self) -> None:
+        """Starts a server, or looks for the one that is somebody else's, and waits until it is ready."""
+        if self._address is None:
+            self.server = ServerProcess(self._options, self.log, self._environment)
+            self.server.start()
+        key = self.server.key if self.server else os.environ.get(KEY_VARIABLE, "")
+        address = self.server.address if self.server else self._address or ""
+        self._client = httpx.Client(
+            base_url=address,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None),
+        )
+        end = time.monotonic() + self.timeouts.start
+        while not self._is_ready():
+            if time.monotonic() > end:
+                raise _Unavailable(f"was not ready within {self.timeouts.start:g} s")
+            time.sleep(0.25)
+
+    def _is_ready(self) -> bool:
+        if self.server and self.server.exit_code is not None:
+            raise _Unavailable(f"ended while it started (exit code {self.server.exit_code})")
+        try:
+            self._call("GET", "/health", None, timeout=5.0)
+        except _Unavailable:
+            return False
+        return True
+
+    def _kill(self) -> None:
+        """Ends the server, and with it all that waits for it. One of somebody else's is left by itself."""
+        if self.server is not None:
+            self.server.kill()
+        if self._client is not None:
+            self._client.close()
+        self.server = self._client = self._sender = None
+        self._is_current = False
+
+    def _ask(self, bodies: Sequence[dict[str, Any]]) -> list[list[_Response]]:
+        """The responses to each request."""
+        most = max(body["sampling_params"]["n"] for body in bodies)
+        under_way = max(1, 2 * self.max_sequences // most)  # twice what is computed: the server never waits for us
+        pool = ThreadPoolExecutor(min(under_way, MOST_REQUESTS, len(bodies)))
+        try:
+            answers = [pool.submit(self._complete, body) for body in bodies]
+            for answer in wait(answers, return_when=FIRST_EXCEPTION).done:
+                answer.result()  # raises what went wrong first, while others are still under way
+            return [answer.result() for answer in answers]
+        except _Unavailable:
+            raise
+        except BaseException:  # what is left of a round that was broken off would be in the way of the next one
+            self._kill()
+            raise
+        finally:  # without waiting: requests to a server that hangs end when it is killed
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _complete(self, body: dict[str, Any]) -> list[_Response]:
+        answer = self._call("POST", "/inference/v1/generate", body, self.timeouts.answer)
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            responses = [_response(choice) for choice in choices]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RolloutError(f"the vLLM server answered something else than responses ({error!r})") from None
+        if len(responses) != body["sampling_params"]["n"]:
+            raise RolloutError(f"the vLLM server gave {len(responses)} responses to {body['sampling_params']['n']}")
+        return responses
+
+    def _send_weights(self) -> None:
+        if self._transfer == "nccl":
+            self._send_by_nccl()
+        else:
+            self._send_by_memory()
+        if not self._call("POST", "/reset_prefix_cache", None, self.timeouts.sync).get("success"):
+            raise _Unavailable("kept what it computed with older weights")
+        self._is_current = True
+
+    def _send_by_memory(self) -> None:
+        missing: list[str] = ["all"]
+        for number, bucket in enumerate(buckets(self._weights(), self.dtype)):
+            with memory_file(safetensors.torch.save(bucket)) as path:
+                call = {"method": "align_receive", "args": [path, number == 0]}
+                answer = self._call("POST", "/collective_rpc", call, self.timeouts.sync)
+            replies = answer.get("results") or [{"error": "no answer: was it started with our worker extension?"}]
+            if errors := [reply["error"] for reply in replies if "error" in reply]:
+                raise RolloutError(f"the vLLM server does not take the weights: {_short(errors[0])}")
+            missing = sorted({name for reply in replies for name in reply["missing"]})
+        if missing:
+            raise RolloutError(f"the vLLM server was not given {', '.join(missing[:5])} (of {len(missing)} weights)")
+
+    def _send_by_nccl(self) -> None:
+        from align.generation.vllm_nccl import connect
+
+        if self._sender is None:
+            size = self._call("GET", "/get_world_size", None, self.timeouts.sync)["world_size"]
+            self._sender = connect(
+                lambda path, body: self._call("POST", path, body, self.timeouts.sync), self._weights, self.dtype, size
+            )
+        self._sender.send_weights()
+
+    def _call(self, method: str, path: str, body: Any, timeout: float) -> dict[str, Any]:
+        """The server's answer. Raises _Unavailable where another try may help, else RolloutError."""
+        assert self._client is not None
+        try:
+            response = self._client.request(method, path, json=body, timeout=timeout)
+        except httpx.TimeoutException:
+            raise _Unavailable(f"did not answer within {timeout:g} s") from None
+        except (httpx.TransportError, RuntimeError) as error:  # RuntimeError: closed while under way
+            raise _Unavailable(f"broke off the connection ({type(error).__name__})") from None
+        if response.status_code >= 500:
+            raise _Unavailable(f"answered {response.status_code}: {_short(response.text)}")
+        if not response.is_success:
+            hint = f" (the key is read from {KEY_VARIABLE})" if response.status_code == 401 else ""
+            raise RolloutError(f"the vLLM server answered {response.status_code}{hint}: {_short(response.text)}")
+        if not response.content:
+            return {}
+        try:
+            return response.json()
+        except ValueError:
+            raise RolloutError("the vLLM server answered something that is not JSON") from None
+
+
+class _Unavailable(Exception):
+    """The server failed, and another may not."""
+
+
+@dataclass(frozen=True)
+class _Response:
+    ids: list[int]
+    logprobs: list[float]
+
+
+def to_samples(responses: Sequence[_Response], sampling: Sampling) -> Samples:
+    """Responses as padded tensors. Raises NumericError for a log-probability that is not finite."""
+    lengths = torch.tensor([len(one.ids) for one in responses])
+    ids = torch.full((len(responses), int(lengths.max())), sampling.pad_id)
+    logprobs = torch.zeros(ids.shape)
+    for row, one in enumerate(responses):
+        ids[row, : lengths[row]] = torch.tensor(one.ids)
+        logprobs[row, : lengths[row]] = torch.tensor(one.logprobs)
+    if (logprobs <= UNKNOWN).any():
+        raise NumericError("rollout: log-probabilities of sampled tokens are not finite: the policy has diverged")
+    finished = torch.tensor([one.ids[-1] in sampling.stop_ids for one in responses])
+    return Samples(ids, lengths, finished, logprobs)
+
+
+def buckets(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """Weights in `dtype` on the CPU, BUCKET_BYTES at a time or one that is larger. Tied ones are copied."""
+    bucket: dict[str, Tensor] = {}
+    size = 0
+    for name, weight in weights:
+        tensor = weight.detach().to("cpu", dtype).contiguous()
+        if bucket and size + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, size = {}, 0
+        is_tied = any(tensor.data_ptr() == other.data_ptr() for other in bucket.values())
+        bucket[name] = tensor.clone() if is_tied else tensor  # safetensors refuses two names for one memory
+        size += tensor.nbytes
+    yield bucket
+
+
+@contextmanager
+def memory_file(content: bytes) -> Iterator[str]:
+    """The path of a file in memory, for processes of this user on this machine. It is gone when we are: no name of it
+    is left in a folder, whatever happens."""
+    number = os.memfd_create("align-weights")
+    with os.fdopen(number, "wb") as file:
+        file.write(content)
+        file.flush()
+        yield f"/proc/{os.getpid()}/fd/{number}"
+
+
+def _request(ids: Sequence[int], count: int, sampling: Sampling, number: int) -> dict[str, Any]:
+    return {
+        "token_ids": list(ids),
+        "sampling_params": {
+            "n": count,
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_tokens,
+            "stop_token_ids": list(sampling.stop_ids),
+            "ignore_eos": True,  # what ends a response is in stop_ids
+            "seed": request_seed(sampling.seed, number),
+            "logprobs": 0,
+            "detokenize": False,
+        },
+    }
+
+
+def _response(choice: dict[str, Any]) -> _Response:
+    """Raises KeyError, TypeError or ValueError for what is none, _Unavailable for one that the server gave up."""
+    if choice["finish_reason"] not in {"stop", "length"}:
+        raise _Unavailable(f"gave up a response ({_short(str(choice['finish_reason']))})")
+    tokens = choice["logprobs"]["content"]
+    if not tokens or [token["token_id"] for token in tokens] != choice["token_ids"]:
+        raise ValueError("token ids and their log-probabilities differ")
+    return _Response(choice["token_ids"], [float(token["logprob"]) for token in tokens])
+
+
+def _at_most(groups: Sequence[tuple[Sequence[int], int]], most: int) -> Iterator[tuple[Sequence[int], int]]:
+    """Groups of at most so many: the server computes no more samples for one request."""
+    for ids, count in groups:
+        for first in range(0, count, most):
+            yield ids, min(most, count - first)
+
+
+def _options(
+    folder: Path, dtype: torch.dtype, max_length: int, max_sequences: int, seed: int, transfer: str
+) -> list[str]:
+    values = {
+        "model": str(folder),
+        "load-format": "dummy",  # a weight that is not handed over is random, and cannot go unnoticed
+        "dtype": str(dtype).removeprefix("torch."),
+        "generation-config": "vllm",  # not what the checkpoint would like
+        "logprobs-mode": "processed_logprobs",  # of the distribution that was sampled, after temperature
+        "max-model-len": str(max_length),
+        "max-num-seqs": str(max_sequences),
+        "seed": str(seed),
+        "worker-extension-cls": "align.generation.vllm_worker.WeightReceiver",
+        "middleware": "align.generation.vllm_launch.Guard",
+    }
+    if transfer == "nccl":
+        values["weight-transfer-config"] = '{"backend": "nccl"}'
+    eager = [] if torch.cuda.is_available() else ["--enforce-eager"]
+    return [
+        *(f"--{name}={value}" for name, value in values.items()),
+        *eager,
+        "--tokens-only",
+        "--disable-uvicorn-access-log",
+    ]
+
+
+def _cache_options(
+    folder: Path, dtype: torch.dtype, max_length: int, max_sequences: int, kv_cache_bytes: int | None, share: float
+) -> list[str]:
+    if torch.cuda.is_available() and kv_cache_bytes is None:
+        return [f"--gpu-memory-utilization={share}"]
+    needed = cache_bytes(AutoConfig.from_pretrained(folder), dtype, max_length, max_sequences)
+    return [f"--kv-cache-memory-bytes={kv_cache_bytes or needed}"]
+
+
+def _temporary_log() -> Path:
+    number, name = tempfile.mkstemp(prefix="align-vllm-", suffix=".log")
+    os.close(number)
+    return Path(name)
+
+
+def _short(text: str) -> str:
+    return escaped(text[:LONGEST_MESSAGE])
