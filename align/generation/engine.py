@@ -16,6 +16,9 @@ import torch
 CACHE_BLOCK = 128
 """Tokens for which vLLM reserves memory at a time on a CPU; fewer on a GPU."""
 
+PROMPT_TOKENS = 4096
+"""Tokens of prompts that vLLM reads in a step on a CPU."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -90,6 +93,16 @@ def cache_bytes(config: Any, dtype: torch.dtype, max_length: int, max_sequences:
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     tokens = -(-max_length // CACHE_BLOCK) * CACHE_BLOCK * max_sequences
     return tokens * 2 * text.num_hidden_layers * heads * size * dtype.itemsize
+
+
+def cpu_options(max_length: int) -> dict[str, Any]:
+    """What vLLM is told on a CPU. Compiling a model takes half a minute. And prompts are read whole: for one that is
+    read in parts vLLM rewinds the request's random generator, which only CUDA's can."""
+    return {
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_length, PROMPT_TOKENS),
+    }
 
 
 def request_seed(seed: int, number: int) -> int:

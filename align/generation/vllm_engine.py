@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError, RolloutError
-from align.generation.engine import Samples, Sampling, cache_bytes, group_repeats, request_seed
+from align.generation.engine import Samples, Sampling, cache_bytes, cpu_options, group_repeats, request_seed
 from align.generation.weights import HandOver
 
 # Read by vLLM at its import. In this process: a policy cannot share its weights with another one.
@@ -58,11 +58,13 @@ class VllmEngine:
 
         Raises ConfigError when vLLM cannot hold the model.
         """
-        if torch.cuda.is_available() and kv_cache_bytes is None:
-            memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory}
+        on_gpu = torch.cuda.is_available()
+        options: dict[str, Any] = {} if on_gpu else cpu_options(max_length)
+        if on_gpu and kv_cache_bytes is None:
+            options["gpu_memory_utilization"] = gpu_memory
         else:
             needed = cache_bytes(policy.config, dtype, max_length, max_sequences)
-            memory = {"kv_cache_memory_bytes": kv_cache_bytes or needed}
+            options["kv_cache_memory_bytes"] = kv_cache_bytes or needed
         try:
             with _plain_weights():
                 self.llm = LLM(
@@ -74,9 +76,8 @@ class VllmEngine:
                     logprobs_mode="processed_logprobs",  # of the distribution that was sampled, after temperature
                     max_model_len=max_length,
                     max_num_seqs=max_sequences,
-                    enforce_eager=not torch.cuda.is_available(),
                     seed=seed,
-                    **memory,
+                    **options,
                 )
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise _cannot_run(folder, error) from error

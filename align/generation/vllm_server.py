@@ -34,7 +34,7 @@ from transformers import AutoConfig
 
 from align.data.faults import escaped
 from align.errors import ConfigError, NumericError, RolloutError
-from align.generation.engine import Samples, Sampling, cache_bytes, group_repeats, request_seed
+from align.generation.engine import Samples, Sampling, cache_bytes, cpu_options, group_repeats, request_seed
 from align.generation.vllm_launch import KEY_VARIABLE
 from align.generation.vllm_process import ServerProcess
 
@@ -406,15 +406,16 @@ def _options(
         "worker-extension-cls": "align.generation.vllm_worker.WeightReceiver",
         "middleware": "align.generation.vllm_launch.Guard",
     }
+    switches = ["--tokens-only", "--disable-uvicorn-access-log"]
     if transfer == "nccl":
         values["weight-transfer-config"] = '{"backend": "nccl"}'
-    eager = [] if torch.cuda.is_available() else ["--enforce-eager"]
-    return [
-        *(f"--{name}={value}" for name, value in values.items()),
-        *eager,
-        "--tokens-only",
-        "--disable-uvicorn-access-log",
-    ]
+    for name, value in ({} if torch.cuda.is_available() else cpu_options(max_length)).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            switches.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values[flag] = str(value)
+    return [*(f"--{name}={value}" for name, value in values.items()), *switches]
 
 
 def _cache_options(

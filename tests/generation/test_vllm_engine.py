@@ -196,6 +196,16 @@ def test_stop_tokens_lengths_and_padding(llama):
         assert bool((logprobs[:length] < 0).all()) and not logprobs[length:].any()
 
 
+def test_more_prompts_than_are_read_at_a_time(tmp_path):
+    """64 prompts of 150 tokens are more than vLLM reads in one step. On a CPU it cannot read half a prompt of a request
+    that has a seed (its sampler rewinds generators as only CUDA's can), so prompts are read whole."""
+    model = make_model(tmp_path, "llama", True, FLOAT)
+    prompts = [[3 + (start + number) % 50 for number in range(150)] for start in range(64)]
+    with closing(VllmEngine(model, tmp_path, dtype=FLOAT, max_length=CONTEXT, max_sequences=64)) as engine:
+        samples = engine.generate(prompts, sampling(4))
+    assert samples.lengths.shape == (64,) and samples.logprobs is not None
+
+
 def test_closing_leaves_the_policy_whole(tmp_path):
     """The policy keeps its values in memory of its own, and can be saved and trained on."""
     model = make_model(tmp_path, "llama", True, FLOAT)
