@@ -7,7 +7,7 @@ attention over the tokens there are. A product of a (m,k) and a (k,n) matrix is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +78,10 @@ class Shape:
         """Operations of one more token that attends to `context` tokens, itself included."""
         return 2 * (self.body + self.head) + 4 * self.layers * self.query * context
 
-    def decode_bytes(self, rows: int, context: float) -> float:
+    def decode_bytes(self, contexts: Sequence[float]) -> float:
         """Bytes read for one more token of each row: all weights once, and every row's keys and values."""
-        cache = 2 * self.layers * self.key_value * context
-        return self.number_bytes * (self.body + self.head + rows * cache)
+        cache = 2 * self.layers * self.key_value * sum(contexts)
+        return self.number_bytes * (self.body + self.head + cache)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def floors(shape: Shape, machine: Machine, work: Work) -> dict[str, float]:
     passes = 3 * work.epochs * (with_logits + without)  # a backward pass costs two forward passes
     updates = 2 * work.epochs * work.minibatches * ADAMW_NUMBERS * shape.number_bytes * (shape.body + shape.head)
     return {
-        "rollout": rollout_floor(shape, machine, work),
+        "rollout": rollout_floor(shape, machine, [work.prompt] * work.rows, [work.response] * work.rows),
         "score": machine.seconds(without),
         "observe": machine.seconds(2 * with_logits + without),
         "learn": machine.seconds(passes) + machine.seconds(0, updates),
@@ -112,12 +112,14 @@ def floors(shape: Shape, machine: Machine, work: Work) -> dict[str, float]:
     }
 
 
-def rollout_floor(shape: Shape, machine: Machine, work: Work) -> float:
-    """Seconds of reading the prompts, which gives each first token, and of the tokens after it, one by one."""
-    total = machine.seconds(work.rows * shape.forward(work.prompt, 1))
-    for step in range(1, int(work.response)):
-        context = work.prompt + step
-        total += machine.seconds(work.rows * shape.decode(context), shape.decode_bytes(work.rows, context))
+def rollout_floor(shape: Shape, machine: Machine, prompts: Sequence[float], responses: Sequence[float]) -> float:
+    """Seconds of reading prompts of these lengths, which gives each first token, and of the tokens after it, one by
+    one: at each step for the rows alone whose response goes on."""
+    total = machine.seconds(sum(shape.forward(length, 1) for length in prompts))
+    for step in range(1, int(max(responses))):
+        contexts = [prompt + step for prompt, length in zip(prompts, responses, strict=True) if int(length) > step]
+        operations = sum(shape.decode(context) for context in contexts)
+        total += machine.seconds(operations, shape.decode_bytes(contexts))
     return total
 
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,11 +18,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import psutil
 import torch
 from chain import Finished, run
 from floors import Machine, Shape, Work, calibrate, floors
-from pages import save_page, table
+from machine import QUIET, processor, undisturbed
+from pages import listed, save_page, table
 
 HERE = Path(__file__).parent
 RECIPE, RUN = "benchmarks/ppo.yaml", "ppo-benchmark"
@@ -34,9 +31,6 @@ VENV = Path("runs/venv-trl")
 TORCH, TRL = "torch==2.13.0", ("trl==1.12.0", "transformers==5.17.0", "accelerate==1.15.0")
 SKIPPED = 2
 """Rollouts of each run that are left out."""
-QUIET = 0.1
-"""Cores that other processes may have used during a pair of runs that counts."""
-MIN_PAIRS = 3
 PHASES = ("rollout", "score", "observe", "learn", "sync", "other")
 MEANING = {
     "rollout": "sampling",
@@ -148,27 +142,6 @@ def measured(lines: list[dict[str, Any]], prefix: str, length: str, rows: int, p
     return Measured(steps, rows, mean(line[length] for line in lines[SKIPPED:]), peak)
 
 
-@dataclass(frozen=True)
-class Load:
-    """Seconds since some start, and processor seconds used in them: by all processes, and by ours that have ended."""
-
-    wall: float
-    everyone: float
-    own: float
-
-    @classmethod
-    def now(cls) -> Load:
-        """As of now."""
-        times = psutil.cpu_times()
-        idle = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "guest", 0.0)  # guest is in user as well
-        usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return cls(time.monotonic(), sum(times) - idle, sum(usage.ru_utime + usage.ru_stime for usage in usages))
-
-    def others_since(self, before: Load) -> float:
-        """Cores that others used on average, the host's other guests included."""
-        return (self.everyone - before.everyone - self.own + before.own) / (self.wall - before.wall)
-
-
 def trl_python() -> Path:
     """The Python of TRL's environment, made if it is not there. torch comes first and alone, as in ours."""
     python, done = VENV / "bin" / "python", VENV / "installed"
@@ -273,18 +246,6 @@ def floor_of(stage: Finished, shape: Shape, task: Path, mine: Sequence[Measured]
     return {**found, "total": sum(found.values())}
 
 
-def processor() -> str:
-    """The name of the CPU."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if sys.platform == "linux" else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def listed(versions: dict[str, str]) -> str:
-    """Names and versions in one line."""
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
 def results(facts: dict[str, Any]) -> dict[str, Any]:
     """What was measured, for the page."""
     mine, other, machine = facts["mine"], facts["other"], facts["machine"]
@@ -351,24 +312,18 @@ def page(engine: str, facts: dict[str, Any]) -> str:
 def in_turns(repeats: int, settings: dict[str, Any]) -> dict[str, Any]:
     """align, TRL, align, TRL ... : our stages, the task, and what was measured of each side in the pairs that count.
     Ends the benchmark when others used the machine during too many of them."""
-    found: dict[str, Any] = {"mine": [], "other": [], "disturbed": []}
-    while len(found["mine"]) < repeats and len(found["disturbed"]) < repeats + MIN_PAIRS:
-        before = Load.now()
-        found["stages"] = ours(settings)
-        mine = our_run(found["stages"]["ppo"])
-        found["task"] = prepare(found["stages"]["ppo"], "task")
-        result = theirs("train", found["task"])
-        others = Load.now().others_since(before)
-        if others > QUIET:
-            found["disturbed"].append(others)
-            continue
-        found["mine"].append(mine)
-        found["other"].append(their_run(result, mine.rows))
-        found["versions"] = result["versions"]
-    if len(found["mine"]) < MIN_PAIRS:
-        shares = ", ".join(f"{one:.2f}" for one in found["disturbed"])
-        sys.exit(f"too few pairs of runs count: other processes used {shares} cores during the rest")
-    return found
+
+    def pair() -> tuple[dict[str, Finished], Path, dict[str, Any], Measured]:
+        stages = ours(settings)
+        task = prepare(stages["ppo"], "task")
+        return stages, task, theirs("train", task), our_run(stages["ppo"])
+
+    pairs, disturbed = undisturbed(repeats, pair)
+    mine = [one for *_, one in pairs]
+    other = [their_run(result, one.rows) for _, _, result, one in pairs]
+    stages, task, result, _ = pairs[-1]
+    versions = result["versions"]
+    return {"mine": mine, "other": other, "disturbed": disturbed, "stages": stages, "task": task, "versions": versions}
 
 
 def their_run(result: dict[str, Any], rows: int) -> Measured:

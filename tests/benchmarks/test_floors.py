@@ -31,15 +31,22 @@ def test_decoding_is_the_forward_pass_in_pieces() -> None:
 
 def test_decode_reads_weights_once_and_each_rows_cache() -> None:
     """40 weights, and keys and values of 1 number each at 3 places in 5 rows: 4 (40 + 5*2*3) = 280 bytes."""
-    assert TINY.decode_bytes(rows=5, context=3) == 280
+    assert TINY.decode_bytes([3] * 5) == 280
 
 
 def test_rollout() -> None:
     """2 rows, prompts of 3, responses of 2: both prompts with one token's logits, 2 (228 + 20) = 496, and one token
     more at context 4: 2 (80 + 32) = 224 operations, or 4 (40 + 2*2*4) = 224 bytes at half the speed: 448 seconds."""
-    work = Work(rows=2, prompt=3, response=2, epochs=1, minibatches=1)
-    assert rollout_floor(TINY, Machine(1, float("inf")), work) == 496 + 224
-    assert rollout_floor(TINY, Machine(1, 0.5), work) == 496 + 448
+    assert rollout_floor(TINY, Machine(1, float("inf")), [3, 3], [2, 2]) == 496 + 224
+    assert rollout_floor(TINY, Machine(1, 0.5), [3, 3], [2, 2]) == 496 + 448
+
+
+def test_rollout_of_unequal_lengths() -> None:
+    """Prompts of 3 and 1, responses of 1 and 3. Prompts with a token's logits: 228 + 20 and 68 + 20, in all 336. The
+    first row has ended with that; the second goes on at contexts 2 and 3: 80 + 16 and 80 + 24 operations; or
+    4 (40 + 2*2) and 4 (40 + 2*3) bytes at half the speed: 352 and 368 seconds."""
+    assert rollout_floor(TINY, Machine(1, float("inf")), [3, 1], [1, 3]) == 336 + 96 + 104
+    assert rollout_floor(TINY, Machine(1, 0.5), [3, 1], [1, 3]) == 336 + 352 + 368
 
 
 def test_phases() -> None:
