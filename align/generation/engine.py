@@ -110,17 +110,6 @@ def request_seed(seed: int, number: int) -> int:
     return int.from_bytes(blake2b(f"{seed} {number}".encode(), digest_size=7).digest())
 
 
-def cut_at_stop(token_ids: torch.Tensor, stop_ids: Sequence[int], pad_id: int) -> Samples:
-    """Samples from raw response ids (B, T): everything after the first stop token becomes PAD."""
-    is_stop = torch.isin(token_ids, torch.tensor(stop_ids, device=token_ids.device))
-    finished = is_stop.any(1)
-    first = torch.where(finished, is_stop.long().argmax(1), token_ids.shape[1] - 1)
-    lengths = first + 1
-    width = int(lengths.max())
-    keep = torch.arange(width, device=token_ids.device) < lengths[:, None]
-    return Samples(torch.where(keep, token_ids[:, :width], pad_id), lengths, finished)
-
-
 def left_pad(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,3 +75,18 @@ def fixed_distribution(probabilities: list[float]) -> LlamaForCausalLM:
         model.lm_head.weight.zero_()
         model.lm_head.bias.copy_(torch.tensor(probabilities).clamp(min=1e-30).log())
     return model
+
+
+def counting(vocabulary: int) -> LlamaForCausalLM:
+    """A model that is sure of one thing: token n is followed by n + 1, the last one by 0. Embeddings are one-hot, the
+    block adds nothing, and the head turns the one by one place."""
+    model = fixed_distribution([1.0] * vocabulary)
+    model.model.embed_tokens = torch.nn.Embedding(vocabulary, vocabulary)
+    model.model.layers = torch.nn.ModuleList()
+    model.model.norm = torch.nn.Identity()
+    model.config.num_hidden_layers = 0
+    model.lm_head = torch.nn.Linear(vocabulary, vocabulary, bias=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(vocabulary))
+        model.lm_head.weight.copy_(100 * torch.eye(vocabulary).roll(1, 0))
+    return model

@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaForCausalLM
 
+from align.errors import NumericError
 from align.generation.engine import Sampling, left_pad
-from align.generation.transformers_engine import TransformersEngine
+from align.generation.transformers_engine import TransformersEngine, drawn
 from align.models.roles import causal_role
 from align.training.logprobs import response_states, state_logprobs
-from tests.generation.conftest import END_OF_TURN, EOS, PAD, fixed_distribution
+from align.training.parity import sampled_logprobs
+from tests.generation.conftest import END_OF_TURN, EOS, PAD, counting, fixed_distribution
 
 DRAWS = 6000
 CHI_SQUARE_4 = 23.5
@@ -108,6 +112,30 @@ def test_valid_ids_are_sampled_and_the_rest_is_pad():
         assert EOS not in row[:-1]
 
 
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.integers(0, 39), min_size=1, max_size=5),
+    st.sets(st.integers(0, 39), min_size=1, max_size=8),
+    st.integers(0, 39),
+    st.integers(1, 8),
+)
+def test_a_response_is_what_comes_up_to_the_first_stop(starts, stop_ids, pad, cap):
+    """P4, rows 4, 6, 7 and 8: of a model that counts, for all starts, stop sets, PAD ids (PAD among the stop tokens
+    included: lengths say what is valid, not ids) and caps: a response is what was counted up to its first stop token,
+    that one included; `finished` says that there was one, also in the very last column; everything else is PAD."""
+    samples = TransformersEngine(counting(40), 3).generate(
+        [[start] for start in starts], Sampling(cap, 1.0, tuple(stop_ids), pad, 0)
+    )
+    for start, row, finished in zip(starts, samples.rows(), samples.finished.tolist(), strict=True):
+        counted = [(start + 1 + step) % 40 for step in range(cap)]
+        stops = [place for place, token in enumerate(counted) if token in stop_ids]
+        assert row == (counted[: stops[0] + 1] if stops else counted)
+        assert finished == bool(stops)
+    is_past = torch.arange(samples.token_ids.shape[1]) >= samples.lengths[:, None]
+    assert samples.token_ids.shape[1] == int(samples.lengths.max())
+    assert (samples.token_ids[is_past] == pad).all()
+
+
 def test_a_prompt_that_holds_eos_is_not_an_answer_that_ended():
     """P5, row 7: chat templates put EOS into prompts. With a policy that never stops, no response is finished, also
     when the prompt ends with EOS; with one that stops at once, every response is, at the very last column of the
@@ -163,6 +191,49 @@ def test_padding_does_not_change_logprobs(model):
         every = torch.ones(1, len(response), dtype=torch.bool)
         alone, _ = state_logprobs(role, states[:, :-1], torch.tensor([response]), every, 1.0)
         torch.testing.assert_close(row[: len(response)], alone[0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_logprobs_are_those_of_the_policy(model):
+    """Through the cache, at another temperature, beside rows that ended: what the trainer's code gives."""
+    how = sampling(6, temperature=0.7, stop_ids=tuple(range(20)))
+    samples = TransformersEngine(model).generate(PROMPTS, how)
+    assert samples.logprobs is not None and len(set(samples.lengths.tolist())) > 1
+    expected = sampled_logprobs(causal_role(model), PROMPTS, samples, how)
+    torch.testing.assert_close(samples.logprobs, expected, rtol=0, atol=1e-5)
+
+
+def test_a_row_that_ended_leaves_the_batch():
+    """Half of the rows end with each token: the forward passes get narrower, to nobody's surprise."""
+    model = fixed_distribution([0.0, 0.5, 0.0, 0.5, 0.0])
+    widths = []
+    model.model.register_forward_pre_hook(
+        lambda module, arguments, named: widths.append(len(named["input_ids"])), with_kwargs=True
+    )
+    samples = TransformersEngine(model).generate([[3]] * 64, sampling(20))
+    assert widths == [int((samples.lengths > step).sum()) for step in range(len(widths))]
+    assert widths[0] == 64 and widths[-1] < 8
+
+
+def test_samples_do_not_depend_on_the_batch():
+    """A prompt's draws are its own: alone, or beside others."""
+    model = fixed_distribution(UNEVEN)
+    rows = [TransformersEngine(model, size).generate([[3]] * 9, sampling(8)).rows() for size in (1, 4, 9)]
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_inversion():
+    """Probabilities 0, 1/4, 1/4, 0, 1/2: the cumulated ones are 0, 1/4, 1/2, 1/2, 1. A draw on an edge belongs to the
+    next token that has a probability; one without is never drawn."""
+    logits = torch.tensor([0.0, 0.25, 0.25, 0.0, 0.5]).log().expand(5, -1)
+    draws = torch.tensor([0.0, 0.2, 0.25, 0.5, 0.999], dtype=torch.float64)
+    assert drawn(logits, draws).tolist() == [1, 1, 2, 4, 4]
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    """Of weights that became NaN nothing can be sampled."""
+    with pytest.raises(NumericError, match="not finite"):
+        drawn(torch.full((1, 4), torch.nan), torch.zeros(1, dtype=torch.float64))
 
 
 def test_the_model_is_left_as_it_was(model):
