@@ -22,6 +22,9 @@ class Config(Settings):
     vocabulary: Annotated[int, Field(ge=260)] = 1024
     """Size of the tokenizer's vocabulary, special tokens included. 260 is the least: every byte and four specials."""
 
+    embeddings: PositiveInt | None = None
+    """Rows of the embedding. More than the vocabulary are padding, as most published models have. None: as many."""
+
     context: PositiveInt = 256
     """Longest sequence the model is made for, in tokens."""
 
@@ -53,6 +56,8 @@ class Config(Settings):
     def _shapes(self) -> Config:
         if self.hidden % self.heads:
             raise ValueError(f"heads {self.heads} does not divide hidden {self.hidden}")
+        if self.embeddings is not None and self.embeddings < self.vocabulary:
+            raise ValueError(f"embeddings {self.embeddings} are fewer than the vocabulary's {self.vocabulary}")
         if self.sequence_length > self.context:
             raise ValueError(f"sequence_length {self.sequence_length} is over context {self.context}")
         return self

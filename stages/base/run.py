@@ -97,7 +97,7 @@ def new_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     """A Llama-shaped model with random weights, embeddings tied."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=config.embeddings or len(tokenizer),
             hidden_size=config.hidden,
             intermediate_size=4 * config.hidden,
             num_hidden_layers=config.layers,
