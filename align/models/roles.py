@@ -22,6 +22,7 @@ from torch.func import functional_call
 from align.errors import ArtifactError
 from align.models.load import OFFSET_FIELD
 from align.models.lora import without_wrapper
+from align.models.packed import packed_states, packs
 
 NUM_CHECKED = 4
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -46,7 +47,9 @@ class Role:
     """The parameters that are trained in this role; None: those of `module` that require a gradient."""
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """The last hidden states: (B,L) each -> (B,L,H)."""
+        """The last hidden states: (B,L) each -> (B,L,H). At padding they mean nothing."""
+        if packs(self.body):
+            return packed_states(self.body, input_ids, attention_mask, position_ids)
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         if "position_ids" not in inspect.signature(self.body.forward).parameters:
             del arguments["position_ids"]  # an architecture that derives positions from the mask

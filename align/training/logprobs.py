@@ -8,6 +8,7 @@ sequence; s_T is what follows the last one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from align.models.roles import Role, wide
 
 CHUNK_TOKENS = 1024
 """Tokens whose logits exist at a time, forward and backward."""
+CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -41,23 +43,12 @@ def state_logprobs(
     """log pi(token | state), and the entropy of pi(. | state) if asked for.
 
     states (B,T,H), tokens (B,T), mask (B,T) bool -> (B,T) and (B,T) or None, float32 or wider, 0 where mask is False:
-    what lies there is not looked at. Logits exist for CHUNK_TOKENS valid tokens at a time and are computed once more in
-    the backward pass, so (B,T,V) never exists.
+    what lies there is not looked at. Logits exist for CHUNK_TOKENS valid tokens at a time; of more tokens they are
+    computed once more in the backward pass, so (B,T,V) never exists.
     """
-    blocks = zip(states[mask].split(CHUNK_TOKENS), tokens[mask].split(CHUNK_TOKENS), strict=True)
-    parts: list[Any] = [
-        checkpoint(
-            _logprobs,
-            role.head,
-            block,
-            chosen,
-            temperature,
-            with_entropy,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for block, chosen in blocks
-    ]
+    blocks = list(zip(states[mask].split(CHUNK_TOKENS), tokens[mask].split(CHUNK_TOKENS), strict=True))
+    compute = _logprobs if len(blocks) == 1 else partial(checkpoint, _logprobs, **CHECKPOINT)
+    parts: list[Any] = [compute(role.head, block, chosen, temperature, with_entropy) for block, chosen in blocks]
     logp, entropy = zip(*parts, strict=True)
     return _spread(torch.cat(logp), mask), _spread(torch.cat(entropy), mask) if with_entropy else None
 

@@ -17,6 +17,7 @@ from align.models.adapters import AdaptedBase
 from align.models.handover import verify_tokenizer
 from align.models.load import HIGHEST_FIELD, load_tokenizer, local_folder
 from align.models.opened import Opened, open_policy, open_reward
+from align.models.packed import pack
 from align.models.roles import Role, causal_role, offloaded, reward_role
 from align.models.value import critic_from_policy, critic_from_reward, shared_head
 from align.training.trainer import training_dtype
@@ -56,6 +57,9 @@ def open_models(config: Config, context: Context, device: torch.device) -> Model
     for role in (actor, critic):
         if role is not None and config.gradient_checkpointing:
             role.checkpoint_gradients()
+    for role in (actor, critic, reference, *(reward.role for reward in rewards.values())):
+        if role is not None:
+            pack(role.body)
     return Models(policy, actor, critic, reference, rewards, informed, _max_training_score(config, context))
 
 

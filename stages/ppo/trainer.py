@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from align.errors import NumericError
 from align.models.roles import Role
 from align.recipe.settings import OptimSettings
+from align.training.at_once import at_once
 from align.training.logprobs import response_states, state_logprobs, state_values
 from align.training.masked import ALONE, Processes, masked_sum
 from align.training.schedule import learning_rate_factor
@@ -34,6 +36,12 @@ from stages.ppo.packing import micro_batches
 from stages.ppo.ptx import Demonstrations
 from stages.ppo.rewards import assemble
 from stages.ppo.rollout import Responses, Rollout
+
+View = Callable[[Responses], dict[str, Tensor]]
+"""What a role says of some responses, by name."""
+Objective = Callable[[Rollout, Tensor, Responses, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""What a role minimises on some rows of a rollout, given their numbers, themselves, and their states; a sum over
+tokens. And sums and maxima to be shown."""
 
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 """Largest difference of a token's log-probability between two passes of the same weights, by the dtype of the passes.
@@ -65,6 +73,9 @@ class PPOTrainer:
         self.actor, self.critic, self.reference = actor, critic, reference
         self.processes, self.demonstrations = processes, demonstrations
         self.shares_states = config.has_critic and config.critic.kind == "shared-head"
+        bodies = [role.body for role in (actor, reference, critic) if role is not None]
+        self.independent = actor.device.type == "cpu" and len({id(body) for body in bodies}) == len(bodies)
+        """Whether the roles share no weights, so that they can compute at once. A GPU is busy with one."""
         self.models = {"actor": actor} | ({} if critic is None else {"critic": critic})
         self.settings = {"actor": config.optim, "critic": config.critic.optim}
         self.optimisers = {name: _optimiser(role, self.settings[name]) for name, role in self.models.items()}
@@ -143,20 +154,21 @@ class PPOTrainer:
         """logp, reference, entropy (B,T) and, with a critic, values (B,T+1) of all responses; 0 where masked."""
         order = self._micro_batches(responses)
         batches = [responses.rows(index) for index in order]
-        views: list[tuple[Role, Callable[[Responses], dict[str, Tensor]]]] = [
-            (self.actor, self._actors_view),
-            (self.reference, self._references_view),
-        ]
+        views: list[tuple[Role, View]] = [(self.actor, self._actors_view), (self.reference, self._references_view)]
         if self.critic is not None and not self.shares_states:
             views.append((self.critic, self._critics_view))
-        parts: dict[str, list[Tensor]] = defaultdict(list)
-        for role, view in views:  # a role after the other: an offloaded one is moved once
-            with role.active(), self.autocast():
-                for batch in batches:
-                    for name, part in view(batch).items():
-                        parts[name].append(nn.functional.pad(part, (0, responses.width - batch.width)))
+        parts = self._at_once([partial(self._view, role, view, batches, responses.width) for role, view in views])
         back = torch.cat(order).argsort()
-        return {name: torch.cat(part)[back] for name, part in parts.items()}
+        return {name: part[back] for seen in parts for name, part in seen.items()}
+
+    def _view(self, role: Role, view: View, batches: Sequence[Responses], width: int) -> dict[str, Tensor]:
+        """What a role says of all batches: an offloaded one is moved once."""
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        with torch.no_grad(), role.active(), self.autocast():
+            for batch in batches:
+                for name, part in view(batch).items():
+                    parts[name].append(nn.functional.pad(part, (0, width - batch.width)))
+        return {name: torch.cat(part) for name, part in parts.items()}
 
     def _actors_view(self, batch: Responses) -> dict[str, Tensor]:
         states = self._states(self.actor, batch)
@@ -192,7 +204,7 @@ class PPOTrainer:
         weight = tokens
         if self.config.normaliser == "constant":
             weight = self._total(torch.tensor(len(minibatch))) * self.config.rollout.max_response_tokens
-        sums = self._accumulate(rollout, minibatch, weight, train_actor)
+        sums = self._gradients(rollout, minibatch, weight, train_actor)
         stats = {name: self._average(name, value, tokens) for name, value in sums.items()}
         if is_first and train_actor:
             check_same_policy(stats["log_ratio_max"], self.rounding)
@@ -217,40 +229,48 @@ class PPOTrainer:
         self._zero_grad()
         self.num_steps += 1
 
-    def _accumulate(self, rollout: Rollout, minibatch: Tensor, weight: float, train_actor: bool) -> dict[str, Tensor]:
-        """Gradients of the minibatch, a micro-batch at a time; returns sums over its tokens, and maxima."""
+    def _gradients(self, rollout: Rollout, minibatch: Tensor, weight: float, train_actor: bool) -> dict[str, Tensor]:
+        """Adds the gradients of the minibatch, actor and critic at once; returns sums over its tokens, and maxima."""
         minibatch = minibatch[rollout.learned[minibatch].any(1).cpu()]
+        objectives: list[tuple[Role, Objective]] = []
+        if self.shares_states:
+            objectives.append((self.actor, partial(self._joint_objective, train_actor=train_actor)))
+        elif train_actor:
+            objectives.append((self.actor, self._policy_objective))
+        if self.critic is not None and not self.shares_states:
+            objectives.append((self.critic, self._value_objective))
+        batches = self._micro_batches(rollout.responses, minibatch)
+        train_body = train_actor or not self.shares_states
+        found = self._at_once(
+            [
+                partial(self._accumulate, role, objective, rollout, batches, weight, train_body)
+                for role, objective in objectives
+            ]
+        )
+        return {name: value for sums in found for name, value in sums.items()}
+
+    def _accumulate(
+        self,
+        role: Role,
+        objective: Objective,
+        rollout: Rollout,
+        batches: Sequence[Tensor],
+        weight: float,
+        train_body: bool,
+    ) -> dict[str, Tensor]:
+        """One role's gradients, a micro-batch at a time."""
         sums: dict[str, Tensor] = {}
-        for index in self._micro_batches(rollout.responses, minibatch):
-            for name, value in self._micro_batch(rollout, index, weight, train_actor).items():
+        for index in batches:
+            batch = rollout.responses.rows(index)
+            with role.active():
+                with self.autocast(), torch.set_grad_enabled(train_body):
+                    states = self._states(role, batch)
+                total, stats = objective(rollout, index, batch, states)
+                (total / weight).backward()
+            for name, value in stats.items():
                 known = sums.get(name, torch.zeros_like(value))
                 sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value
         return sums
-
-    def _micro_batch(self, rollout: Rollout, index: Tensor, weight: float, train_actor: bool) -> dict[str, Tensor]:
-        """Adds the gradients of some rows; returns sums over their tokens."""
-        batch = rollout.responses.rows(index)
-        stats: dict[str, Tensor] = {}
-        shared = self.shares_states
-        if train_actor or shared:
-            with self.actor.active():
-                with self.autocast(), torch.set_grad_enabled(train_actor):
-                    states = self._states(self.actor, batch)
-                objective = states.new_zeros(())
-                if train_actor:
-                    objective, stats = self._policy_objective(rollout, index, batch, states)
-                if shared:
-                    value_sum, value_stats = self._value_objective(rollout, index, batch, states)
-                    objective, stats = objective + self.config.critic.coef * value_sum, {**stats, **value_stats}
-                (objective / weight).backward()
-        if self.critic is not None and not shared:
-            with self.critic.active():
-                with self.autocast():
-                    states = self._states(self.critic, batch)
-                value_sum, value_stats = self._value_objective(rollout, index, batch, states)
-                (value_sum / weight).backward()
-                stats |= value_stats
-        return stats
 
     def _policy_objective(
         self, rollout: Rollout, index: Tensor, batch: Responses, states: Tensor
@@ -293,6 +313,17 @@ class PPOTrainer:
         value_sum, stats = value_loss(values, old, returns, learned, self.config.clip.value)
         return value_sum, {"value_loss": value_sum.detach(), "value_clipfrac": stats["clipfrac"]}
 
+    def _joint_objective(
+        self, rollout: Rollout, index: Tensor, batch: Responses, states: Tensor, train_actor: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What actor and critic minimise together, where the critic is a head on the actor's states."""
+        total, stats = self._value_objective(rollout, index, batch, states)
+        total = self.config.critic.coef * total
+        if train_actor:
+            policy_sum, policy_stats = self._policy_objective(rollout, index, batch, states)
+            total, stats = policy_sum + total, {**policy_stats, **stats}
+        return total, stats
+
     def _add_demonstrations(self) -> float:
         """Adds the gradient of PPO-ptx: coef * mean negative log-likelihood per response token (Ouyang et al. 2022).
         It joins the same optimiser step: in one of its own Adam would take the coefficient out again."""
@@ -317,6 +348,10 @@ class PPOTrainer:
         lengths = responses.prompt_lengths[picked].cpu(), responses.lengths[picked].cpu()
         parts = micro_batches(*lengths, self.config.micro_batch_size, self.config.micro_batch_tokens)
         return [picked[part] for part in parts]
+
+    def _at_once(self, calls: Sequence[Callable[[], dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+        """Calls about a role each, at the same time where the roles have nothing in common."""
+        return at_once(calls) if self.independent else [call() for call in calls]
 
     def _states(self, role: Role, batch: Responses) -> Tensor:
         return response_states(role, batch.input_ids, batch.attention_mask, batch.width)
@@ -364,4 +399,5 @@ def _optimiser(role: Role, settings: OptimSettings) -> torch.optim.AdamW:
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
