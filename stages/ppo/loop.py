@@ -266,7 +266,7 @@ class Loop:
         config, actor = self.config, self.trainer.actor
         lengths = torch.tensor([len(ids) for ids in prompts])
         parts = micro_batches(lengths, samples.lengths, config.micro_batch_size, config.micro_batch_tokens)
-        with actor.evaluating(), self.trainer.autocast():
+        with torch.no_grad(), actor.active(), self.trainer.autocast():
             found = [
                 sampled_logprobs(
                     actor,
