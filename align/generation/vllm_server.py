@@ -312,9 +312,11 @@ class VllmServerEngine:
 
     def _call(self, method: str, path: str, body: Any, timeout: float) -> dict[str, Any]:
         """The server's answer. Raises _Unavailable where another try may help, else RolloutError."""
-        assert self._client is not None
+        client = self._client
+        if client is None:
+            raise _Unavailable("was ended")
         try:
-            response = self._client.request(method, path, json=body, timeout=timeout)
+            response = client.request(method, path, json=body, timeout=timeout)
         except httpx.TimeoutException:
             raise _Unavailable(f"did not answer within {timeout:g} s") from None
         except (httpx.TransportError, RuntimeError) as error:  # RuntimeError: closed while under way

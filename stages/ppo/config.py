@@ -387,8 +387,10 @@ class Config(Settings):
         problems = {}
         if self.kl.target is not None and self.kl.coef == 0:
             problems["kl.target"] = "moves kl.coef by a factor, and that of 0 stays 0; give kl.coef a start"
-        if self.kl.target is not None and self.responses >= 5 * self.kl.horizon:
-            problems["kl.horizon"] = f"{self.responses} responses per rollout need one above {self.responses // 5}"
+        waits = self.compares and self.rollout.round_tokens is not None
+        most = self.responses * (self.rollout.responses_per_prompt if waits else 1)  # whose groups may end at once
+        if self.kl.target is not None and most >= 5 * self.kl.horizon:
+            problems["kl.horizon"] = f"{most} responses per rollout need one above {most // 5}"
         if self.kl.estimator == "k2" and self.whiten_advantages:
             problems["kl.estimator"] = (
                 "whitening divides the scores by their spread and not a KL in the loss, so kl.coef would mean another "
