@@ -31,6 +31,8 @@ class Sampled:
     """Tokens of the longest prompt and response."""
     batch_size: int
     """Responses that transformers samples at a time."""
+    changes_meanwhile: bool = False
+    """Whether the policy is updated while a server samples from it as it was."""
 
 
 def open_engine(
@@ -90,6 +92,7 @@ def _server(settings: EngineSettings, what: Sampled, notice: Callable[[str], Non
         address=settings.address,
         timeouts=Timeouts(settings.timeout, settings.timeout, settings.timeout),
         max_restarts=settings.max_restarts,
+        keeps_policy=what.changes_meanwhile,
         notice=notice,
         log=log,
     )

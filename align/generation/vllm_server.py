@@ -24,6 +24,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -86,6 +87,7 @@ class VllmServerEngine:
         transfer: Literal["memory", "nccl"] = "memory",
         timeouts: Timeouts = Timeouts(),
         max_restarts: int = 3,
+        keeps_policy: bool = False,
         log: Path | None = None,
         notice: Callable[[str], None] = lambda text: None,
     ):
@@ -97,11 +99,15 @@ class VllmServerEngine:
         by default as many as all sequences need; on a GPU the engine takes the share `gpu_memory` of it.
 
         A server that fails is started again at most `max_restarts` times in a row; `notice` is given a line about each.
-        What it prints goes to the file `log`, by default a temporary one that is kept if the server failed.
+        It is given the policy as it is then; with `keeps_policy` as it was at the last `sync`, of which a copy is kept
+        in main memory, so that `generate` may run in a thread while the policy is updated. What a server prints goes to
+        the file `log`, by default a temporary one that is kept if the server failed.
 
         Raises RolloutError when the server does not start or does not take the weights.
         """
         self._weights, self.dtype = weights, dtype
+        self._keeps_policy = keeps_policy
+        self._kept: dict[str, Tensor] = {}
         self.max_length, self.max_sequences = max_length, max_sequences
         self.timeouts, self.max_restarts, self._notice = timeouts, max_restarts, notice
         self._address, self._transfer = address, transfer
@@ -113,13 +119,18 @@ class VllmServerEngine:
         self.server: ServerProcess | None = None
         self._client: httpx.Client | None = None
         self._sender: Any = None
-        self._is_current = False
+        self._is_current = self._is_closed = False
+        # A server dies with the thread that starts it, which may not be one that samples once and ends.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-server")
+        self._ending = RLock()
         atexit.register(self.close)
         try:
             self._start()
             self.sync()
         except _Unavailable as failure:  # of the first start: it is not tried again, the settings may be wrong
-            raise self._given_up(failure) from None
+            error = self._given_up(failure)
+            self.close()
+            raise error from None
         except BaseException:
             self.close()
             raise
@@ -152,6 +163,10 @@ class VllmServerEngine:
     def sync(self) -> None:
         """Gives the server the policy's current weights. Raises RolloutError when it gave up or does not take them."""
         self._is_current = False
+        if self._keeps_policy:
+            self._kept = {
+                name: weight.detach().to("cpu", self.dtype, copy=True).contiguous() for name, weight in self._weights()
+            }
         self._surviving(lambda: None)
 
     def differing(self) -> list[str]:
@@ -159,8 +174,10 @@ class VllmServerEngine:
         return []
 
     def close(self) -> None:
-        """Ends the server, unless it is somebody else's."""
+        """Ends the server, unless it is somebody else's. A `generate` that is under way raises RolloutError."""
         atexit.unregister(self.close)
+        self._is_closed = True
+        self._starter.shutdown()  # from now on none can be started
         self._kill()
         if self._removes_log:
             self.log.unlink(missing_ok=True)
@@ -175,6 +192,8 @@ class VllmServerEngine:
                     self._send_weights()
                 return action()
             except _Unavailable as failure:
+                if self._is_closed:
+                    raise RolloutError("the vLLM server was ended while it sampled") from None
                 if not restarts_left:
                     raise self._given_up(failure) from None
                 self._kill()
@@ -192,7 +211,7 @@ class VllmServerEngine:
         """Starts a server, or looks for the one that is somebody else's, and waits until it is ready."""
         if self._address is None:
             self.server = ServerProcess(self._options, self.log, self._environment)
-            self.server.start()
+            self._starter.submit(self.server.start).result()
         key = self.server.key if self.server else os.environ.get(KEY_VARIABLE, "")
         address = self.server.address if self.server else self._address or ""
         self._client = httpx.Client(
@@ -218,12 +237,13 @@ class VllmServerEngine:
 
     def _kill(self) -> None:
         """Ends the server, and with it all that waits for it. One of somebody else's is left by itself."""
-        if self.server is not None:
-            self.server.kill()
-        if self._client is not None:
-            self._client.close()
-        self.server = self._client = self._sender = None
-        self._is_current = False
+        with self._ending:
+            if self.server is not None:
+                self.server.kill()
+            if self._client is not None:
+                self._client.close()
+            self.server = self._client = self._sender = None
+            self._is_current = False
 
     def _ask(self, bodies: Sequence[dict[str, Any]]) -> list[list[_Response]]:
         """The responses to each request."""
@@ -263,9 +283,13 @@ class VllmServerEngine:
             raise _Unavailable("kept what it computed with older weights")
         self._is_current = True
 
+    def _policy(self) -> Iterable[tuple[str, Tensor]]:
+        """The weights that the server shall have."""
+        return self._kept.items() if self._keeps_policy else self._weights()
+
     def _send_by_memory(self) -> None:
         missing: list[str] = ["all"]
-        for number, bucket in enumerate(buckets(self._weights(), self.dtype)):
+        for number, bucket in enumerate(buckets(self._policy(), self.dtype)):
             with memory_file(safetensors.torch.save(bucket)) as path:
                 call = {"method": "align_receive", "args": [path, number == 0]}
                 answer = self._call("POST", "/collective_rpc", call, self.timeouts.sync)
@@ -282,15 +306,17 @@ class VllmServerEngine:
         if self._sender is None:
             size = self._call("GET", "/get_world_size", None, self.timeouts.sync)["world_size"]
             self._sender = connect(
-                lambda path, body: self._call("POST", path, body, self.timeouts.sync), self._weights, self.dtype, size
+                lambda path, body: self._call("POST", path, body, self.timeouts.sync), self._policy, self.dtype, size
             )
         self._sender.send_weights()
 
     def _call(self, method: str, path: str, body: Any, timeout: float) -> dict[str, Any]:
         """The server's answer. Raises _Unavailable where another try may help, else RolloutError."""
-        assert self._client is not None
+        client = self._client
+        if client is None:
+            raise _Unavailable("was ended")
         try:
-            response = self._client.request(method, path, json=body, timeout=timeout)
+            response = client.request(method, path, json=body, timeout=timeout)
         except httpx.TimeoutException:
             raise _Unavailable(f"did not answer within {timeout:g} s") from None
         except (httpx.TransportError, RuntimeError) as error:  # RuntimeError: closed while under way

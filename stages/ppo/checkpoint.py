@@ -18,13 +18,17 @@ from align.models.roles import Role
 from align.records import committed_folder
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
 from stages.ppo.alarms import History
+from stages.ppo.inflight import Flight, State
 from stages.ppo.trainer import PPOTrainer
 
 STATE = "state.json"
 AVERAGE = "average.safetensors"
+IN_FLIGHT = "inflight.json"
 
 
-def save_checkpoint(context: Context, trainer: PPOTrainer, history: History, rollouts: int, keep: int) -> None:
+def save_checkpoint(
+    context: Context, trainer: PPOTrainer, flight: Flight | None, history: History, rollouts: int, keep: int
+) -> None:
     """Commits the state after `rollouts` rollouts."""
     with committed_folder(checkpoint_folder(context.checkpoints, rollouts), rollouts=rollouts) as folder:
         for name, role in trainer.models.items():
@@ -32,6 +36,8 @@ def save_checkpoint(context: Context, trainer: PPOTrainer, history: History, rol
             save_file(_optimiser_tensors(trainer.optimisers[name]), folder / f"{name}_optimiser.safetensors")
         if trainer.ema is not None:
             save_file(trainer.ema.averages, folder / AVERAGE)
+        if flight is not None:
+            (folder / IN_FLIGHT).write_text(json.dumps(asdict(flight.state)), encoding="utf-8")
         state = {
             "rollouts": rollouts,
             "num_steps": trainer.num_steps,
@@ -42,7 +48,7 @@ def save_checkpoint(context: Context, trainer: PPOTrainer, history: History, rol
     keep_newest(context.checkpoints, keep, rollouts)
 
 
-def load_checkpoint(context: Context, trainer: PPOTrainer) -> tuple[int, History]:
+def load_checkpoint(context: Context, trainer: PPOTrainer, flight: Flight | None = None) -> tuple[int, History]:
     """Restores the newest checkpoint that verifies. Returns the rollouts done, 0 when there is none."""
     found = newest_valid(context.checkpoints)
     if found is None:
@@ -53,6 +59,8 @@ def load_checkpoint(context: Context, trainer: PPOTrainer) -> tuple[int, History
         _restore_optimiser(trainer.optimisers[name], load_file(folder / f"{name}_optimiser.safetensors"))
     if trainer.ema is not None:
         _restore(trainer.ema.averages, load_file(folder / AVERAGE))
+    if flight is not None:
+        flight.state = State.restored(json.loads((folder / IN_FLIGHT).read_text(encoding="utf-8")))
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     trainer.num_steps, trainer.kl_coef = state["num_steps"], state["kl_coef"]
     return state["rollouts"], History(**state["history"])

@@ -126,13 +126,28 @@ class RolloutSettings(EngineSettings):
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the log-probabilities of policy and reference are taken at the same temperature."""
 
+    round_tokens: PositiveInt | None = None
+    """Tokens that a response grows by in one rollout, a part of max_response_tokens. One that has not ended by then is
+    carried over: it goes on in the next rollout, under the policy of then, while those that ended are learned from and
+    new prompts take their places. So the longest responses are not waited for. None: all end in their rollout."""
+
+    max_staleness: PositiveInt | None = None
+    """With round_tokens: a response whose first token would be more rollouts old than this when it goes on is started
+    anew instead. Longer responses than (max_staleness + 1) * round_tokens are then never learned from. None: none is;
+    the first token is max_response_tokens / round_tokens - 1 rollouts old at most."""
+
+    overlap: bool = False
+    """vllm-server: while the policy learns from a rollout, the next one is sampled from the policy as it was before, so
+    one step behind."""
+
     micro_batch_size: PositiveInt = execution(64)
     """Responses sampled and scored at a time; a matter of memory."""
 
     correction: Literal["token", "sequence-mask", "off"] = "token"
-    """What is done about tokens that the engine found more or less likely than the policy does. token: each is
-    weighted by w = pi_policy / pi_engine, at most `correction_cap` (truncated importance sampling). sequence-mask: by
-    the product of w over its response, and by 0 where that is above the cap. With transformers w is 1."""
+    """What is done about tokens that the engine found more or less likely than the policy does, or that an older policy
+    sampled (`round_tokens`, `overlap`). token: each is weighted by w = pi_policy / pi_engine, at most `correction_cap`
+    (truncated importance sampling). sequence-mask: by the product of w over its response, and by 0 where that is above
+    the cap. With transformers w is 1 for the policy's own tokens."""
 
     correction_cap: Annotated[float, Field(ge=1)] = 2.0
     """Largest weight of a token."""
@@ -307,6 +322,11 @@ class Config(Settings):
         return self.estimator == WITH_CRITIC
 
     @property
+    def compares(self) -> bool:
+        """Whether the advantage of a response comes from the other responses to its prompt."""
+        return self.estimator in {"rloo", "grpo"}
+
+    @property
     def responses(self) -> int:
         """Responses per rollout, over all processes."""
         return self.rollout.prompts * self.rollout.responses_per_prompt
@@ -319,7 +339,8 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        problems = {**self._size_problems(), **self._kl_problems(), **self._reward_problems()}
+        problems = {**self._size_problems(), **self._rollout_problems(), **self._kl_problems()}
+        problems |= self._reward_problems()
         problems |= self._critic_problems() if self.has_critic else self._critic_free_problems()
         refuse(problems | self._idle_problems())
         return self
@@ -336,12 +357,40 @@ class Config(Settings):
             )
         return problems
 
+    def _rollout_problems(self) -> dict[str, str]:
+        rollout, problems = self.rollout, {}
+        most, each = rollout.max_response_tokens, rollout.round_tokens
+        if each is not None and (each >= most or most % each):
+            problems["rollout.round_tokens"] = (
+                f"rollout.max_response_tokens {most} is not two or more times {each}; choose a part of it"
+            )
+        elif rollout.max_staleness is not None and each is None:
+            problems["rollout.max_staleness"] = "has no effect without rollout.round_tokens"
+        elif rollout.max_staleness is not None and each is not None and rollout.max_staleness >= most // each - 1:
+            problems["rollout.max_staleness"] = (
+                f"has no effect: all responses end within {most // each} rollouts, so the oldest token is at most "
+                f"{most // each - 1} old; choose a smaller number, or leave it out"
+            )
+        if rollout.overlap and rollout.engine != "vllm-server":
+            problems["rollout.overlap"] = (
+                f"needs rollout.engine: vllm-server; {rollout.engine} samples in the trainer's process, on weights "
+                "that change while it learns"
+            )
+        if rollout.correction == "off" and (rollout.overlap or each is not None):
+            problems["rollout.correction"] = (
+                "off would learn from older policies' tokens as if they were the policy's own; use token, or leave "
+                "rollout.round_tokens and rollout.overlap out"
+            )
+        return problems
+
     def _kl_problems(self) -> dict[str, str]:
         problems = {}
         if self.kl.target is not None and self.kl.coef == 0:
             problems["kl.target"] = "moves kl.coef by a factor, and that of 0 stays 0; give kl.coef a start"
-        if self.kl.target is not None and self.responses >= 5 * self.kl.horizon:
-            problems["kl.horizon"] = f"{self.responses} responses per rollout need one above {self.responses // 5}"
+        waits = self.compares and self.rollout.round_tokens is not None
+        most = self.responses * (self.rollout.responses_per_prompt if waits else 1)  # whose groups may end at once
+        if self.kl.target is not None and most >= 5 * self.kl.horizon:
+            problems["kl.horizon"] = f"{most} responses per rollout need one above {most // 5}"
         if self.kl.estimator == "k2" and self.whiten_advantages:
             problems["kl.estimator"] = (
                 "whitening divides the scores by their spread and not a KL in the loss, so kl.coef would mean another "
@@ -370,7 +419,7 @@ class Config(Settings):
         problems = dict.fromkeys((name for name in sorted(fields) if self._is_changed(name)), what)
         if self.missing_eos.rule == "bootstrap":
             problems["missing_eos.rule"] = f"bootstrap needs a critic; {self.estimator} has none"
-        if self.estimator in {"rloo", "grpo"} and self.rollout.responses_per_prompt < 2:
+        if self.compares and self.rollout.responses_per_prompt < 2:
             problems["rollout.responses_per_prompt"] = (
                 f"{self.estimator} compares the responses to one prompt; set it to 2 or more"
             )

@@ -45,15 +45,19 @@ def adapted(coef: float, kl: float, target: float, horizon: int, episodes: int) 
     return coef * (1 + error * episodes / horizon)
 
 
-def summary(logp: Tensor, logp_ref: Tensor, mask: Tensor, reduce: Reduce = identity) -> dict[str, float]:
-    """KL per sequence: the sum over a row's tokens, then the mean over all rows. Tensors are (B,T).
+def summary(
+    logp: Tensor, logp_ref: Tensor, mask: Tensor, reduce: Reduce = identity, weights: Tensor | None = None
+) -> dict[str, float]:
+    """KL per sequence: the sum over a row's tokens, then the mean over all rows. Tensors are (B,T); `weights` are those
+    of tokens that were drawn from another policy.
 
     `kl_se` and `kl_gap_se` are standard errors: of the k1 mean, and of the difference of the k1 and k3 means
     (the rows are the same, so the difference has an error of its own).
     """
-    by_k1 = moments(masked_sum(k1(logp, logp_ref), mask, dim=1), reduce=reduce)
-    by_k3 = moments(masked_sum(k3(logp, logp_ref), mask, dim=1), reduce=reduce)
-    gap = moments(masked_sum(k1(logp, logp_ref) - k3(logp, logp_ref), mask, dim=1), reduce=reduce)
+    first, third = (estimator(logp, logp_ref) * (1 if weights is None else weights) for estimator in (k1, k3))
+    by_k1 = moments(masked_sum(first, mask, dim=1), reduce=reduce)
+    by_k3 = moments(masked_sum(third, mask, dim=1), reduce=reduce)
+    gap = moments(masked_sum(first - third, mask, dim=1), reduce=reduce)
     return {
         "objective/kl": by_k1.mean,
         "objective/kl_se": by_k1.standard_error,

@@ -4,57 +4,45 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 
 from align.context import Context
 from align.data.render import Renderer
-from align.data.rows import Message
 from align.errors import ConfigError, Interrupted, NumericError, RolloutError
 from align.evaluation.policy import GoldScorer
 from align.generation.engine import RolloutEngine, Samples, Sampling
-from align.training.parity import NUM_PROBES, ParityGuard
+from align.training.masked import length_mask
+from align.training.parity import NUM_PROBES, ParityGuard, sampled_logprobs
 from align.training.progress import StageProgress
 from stages.ppo import alarms
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from stages.ppo.config import Config
 from stages.ppo.correction import correction_metrics, importance_weights
-from stages.ppo.metrics import distinct_ngrams, mismatch, rollout_metrics
-from stages.ppo.packing import visited
-from stages.ppo.rollout import Rollout, join
+from stages.ppo.inflight import Batch, Flight
+from stages.ppo.metrics import Phases, distinct_ngrams, mismatch, rollout_metrics, staleness_metrics
+from stages.ppo.packing import micro_batches, stretch
+from stages.ppo.rollout import Question, Rollout, join
 from stages.ppo.scorer import Rewarder, Scores
 from stages.ppo.trainer import PPOTrainer
 
 SAMPLES_SHOWN = 4
 
 
-@dataclass(frozen=True)
-class Question:
-    """A training prompt: its messages, for a reward model with another template, and its token ids."""
-
-    messages: Sequence[Message]
-    ids: list[int]
-
-
-@dataclass
-class Phases:
-    """Seconds of the phases of a rollout, as metrics. A GPU may still be at work when a phase ends."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times what is done inside, under the metric's name."""
-        started = time.monotonic()
-        yield
-        self.metrics[name] = time.monotonic() - started
+SHOWN = {
+    "reward": "objective/scores",
+    "kl": "objective/kl",
+    "length": "val/response_length",
+    "eos": "val/eos_rate",
+}
+"""Metrics in the progress bar, by their names there."""
 
 
 class Loop:
@@ -85,13 +73,14 @@ class Loop:
         }
         self.facts = {name: float(value) for name, value in facts.items() if value is not None}
         self.history = alarms.History()
+        self.flight = self.new_flight() if config.rollout.round_tokens or config.rollout.overlap else None
         self.console = Console(stderr=True, quiet=not accelerator.is_main_process)
 
     def run(self) -> int:
         """All rollouts, from the newest checkpoint that verifies. Returns their number: fewer than the recipe's when
         the KL budget is spent. Raises Interrupted after a signal."""
         config, context = self.config, self.context
-        start, self.history = load_checkpoint(context, self.trainer)
+        start, self.history = load_checkpoint(context, self.trainer, self.flight)
         context.metrics.truncate_after(start)
         context.samples.truncate_after(start)
         checkpoint_every = config.checkpoint.every_steps or math.ceil(config.rollouts / 10)
@@ -141,51 +130,95 @@ class Loop:
         )
 
     def save(self, done: int) -> None:
-        """A checkpoint after `done` rollouts."""
-        save_checkpoint(self.context, self.trainer, self.history, done, self.config.checkpoint.keep)
+        """A checkpoint after `done` rollouts, with what is sampled ahead. Raises RolloutError, after a checkpoint
+        without it, when that went wrong."""
+        try:
+            if self.flight is not None:
+                self.flight.settle()
+        except RolloutError:
+            self._save(done)
+            raise
+        self._save(done)
+
+    def _save(self, done: int) -> None:
+        save_checkpoint(self.context, self.trainer, self.flight, self.history, done, self.config.checkpoint.keep)
 
     def rollout(self, index: int) -> tuple[dict[str, float], bool]:
         """One round: sync, sample, score, observe, improve. Returns its metrics, and whether the KL budget is spent:
         then the round is not learned from."""
         started, phases = time.monotonic(), Phases()
         try:
-            with phases.phase("time/sync"):
-                self.sync()
-            questions = self.batch(index)
-            with phases.phase("time/rollout"):
-                samples = self.sample(questions, f"rollout {index}")
+            batch = self.collect(index, phases)
             with phases.phase("time/score"):
-                scores = self.rewarder([one.messages for one in questions], [one.ids for one in questions], samples)
+                scores = self.score(batch) if batch.questions else None
         except (Interrupted, RolloutError):  # an engine or an endpoint is down: what was learned before is kept
+            if self.flight is not None:
+                self.flight.give_up()
             if index > 0:
                 self.save(index)
             raise
+        metrics, spent = ({}, False) if scores is None else self.learn(index, batch, scores, phases)
+        metrics |= {**batch.metrics, **phases.metrics}
+        metrics["episode"] = float(batch.episodes)
+        metrics["eps"] = len(batch.questions) * self.accelerator.num_processes / (time.monotonic() - started)
+        return metrics, spent
+
+    def collect(self, index: int, phases: Phases) -> Batch:
+        """Hands the policy over and samples. With `flight`, what is sampled may end in a later round."""
+        if self.flight is not None:
+            return self.flight.collect(index, self.sync, phases)
+        with phases.phase("time/sync"):
+            self.sync()
+        questions = self.batch(index)
+        with phases.phase("time/rollout"):
+            samples = self.sample(questions, f"rollout {index}")
+        return Batch(questions, samples, (index + 1) * self.config.responses)
+
+    def score(self, batch: Batch) -> Scores:
+        """The reward."""
+        questions = batch.questions
+        return self.rewarder([one.messages for one in questions], [one.ids for one in questions], batch.samples)
+
+    def learn(self, index: int, batch: Batch, scores: Scores, phases: Phases) -> tuple[dict[str, float], bool]:
+        """Observe and improve: see `rollout`."""
         device, processes = self.accelerator.device, self.trainer.processes
-        responses = join([one.ids for one in questions], samples, self.renderer.pad_id, device)
+        responses = join([one.ids for one in batch.questions], batch.samples, self.renderer.pad_id, device)
         with phases.phase("time/observe"):
             rollout = self.trainer.observe(responses, scores.tokens.to(device))
-        if index == 0 and self.starts_at_reference():
+        if self.trainer.num_steps == 0 and self.starts_at_reference():
             difference = (rollout.logp_old - rollout.logp_ref).abs().max()
             alarms.check_starts_at_reference(float(difference), self.trainer.rounding)
+        rollout, corrected = self.correct(index, batch, rollout)
         metrics = rollout_metrics(rollout, self.trainer.kl_coef, scores, processes)
-        metrics |= self.text_metrics(questions, samples)
-        if samples.logprobs is not None:
-            metrics |= mismatch(samples.logprobs, rollout, processes)
-            settings = self.config.rollout
-            weights = importance_weights(samples.logprobs, rollout, settings.correction, settings.correction_cap)
-            metrics |= correction_metrics(weights, rollout, processes)
-            rollout = replace(rollout, advantages=rollout.advantages * weights)
+        metrics |= self.text_metrics(batch.questions, batch.samples) | corrected
         budget = self.config.kl.budget
         spent = budget is not None and metrics["objective/kl"] > budget
         if not spent:
             with phases.phase("time/learn"):
                 metrics |= self.trainer.improve(rollout, index)
-            self.trainer.adapt(metrics["objective/kl"], index)
-        self.write_samples(index, questions, samples, scores, rollout)
-        metrics |= phases.metrics
-        metrics["episode"] = float((index + 1) * self.config.responses)
-        metrics["eps"] = self.config.responses / (time.monotonic() - started)
+            count = len(batch.questions) * self.accelerator.num_processes
+            self.trainer.adapt(metrics["objective/kl"], index, count)
+        self.write_samples(index, batch, scores, rollout)
         return metrics, spent
+
+    def correct(self, index: int, batch: Batch, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
+        """The rollout with each token weighted as if the policy at hand had sampled it, and what that took."""
+        behaviour = batch.behaviour(rollout.logp_old)
+        if behaviour is None:
+            return rollout, {}
+        processes, settings, mask = self.trainer.processes, self.config.rollout, rollout.responses.mask
+        weights = importance_weights(behaviour, rollout, settings.correction, settings.correction_cap)
+        corrected = replace(rollout, advantages=rollout.advantages * weights)
+        metrics = correction_metrics(weights, rollout, processes)
+        if batch.versions is None:
+            return corrected, mismatch(behaviour, rollout, mask, processes) | metrics
+        versions = batch.versions.to(mask.device)
+        metrics |= staleness_metrics(versions, index, mask, processes)
+        assert batch.num_known is not None
+        comparable = mask & (versions == index) & length_mask(batch.num_known.to(mask.device), rollout.responses.width)
+        if comparable.any():
+            metrics |= mismatch(behaviour, rollout, comparable, processes)
+        return replace(corrected, weights=weights), metrics
 
     def text_metrics(self, questions: Sequence[Question], samples: Samples) -> dict[str, float]:
         """What is read off the responses themselves; on several processes, off this process's."""
@@ -204,14 +237,46 @@ class Loop:
     def batch(self, index: int) -> list[Question]:
         """This process's prompts of rollout `index`, each as often as it is to be answered. Prompts are visited in a
         fresh order on every pass."""
-        picked = visited(
-            len(self.questions),
-            self.config.rollout.prompts,
-            index,
-            lambda number: self.context.seed(f"prompts {number}"),
+        rollout = self.config.rollout
+        mine = self.visited(index * rollout.prompts, (index + 1) * rollout.prompts)
+        return [self.questions[one] for one in mine for _ in range(rollout.responses_per_prompt)]
+
+    def visited(self, first: int, last: int) -> list[int]:
+        """This process's share of the questions, by number, at these places of the stream of prompts."""
+        picked = stretch(len(self.questions), first, last, lambda number: self.context.seed(f"prompts {number}"))
+        return picked[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def new_flight(self) -> Flight:
+        """What keeps responses from round to round."""
+        config, processes = self.config, self.accelerator.num_processes
+        return Flight(
+            config,
+            self.questions,
+            capacity=config.responses // processes,
+            pad_id=self.renderer.pad_id,
+            stream=lambda first, last: self.visited(first * processes, last * processes),
+            generate=lambda prompts, tokens, name: self.engine.generate(
+                prompts, replace(self.sampling(name), max_tokens=tokens)
+            ),
+            own_logprobs=self.own_logprobs,
         )
-        mine = picked[self.accelerator.process_index :: self.accelerator.num_processes]
-        return [self.questions[one] for one in mine for _ in range(self.config.rollout.responses_per_prompt)]
+
+    def own_logprobs(self, prompts: Sequence[Sequence[int]], samples: Samples) -> Tensor:
+        """(B,T) of what the policy has just sampled, by its own code: for an engine that gives none."""
+        config, actor = self.config, self.trainer.actor
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        parts = micro_batches(lengths, samples.lengths, config.micro_batch_size, config.micro_batch_tokens)
+        with torch.no_grad(), actor.active(), self.trainer.autocast():
+            found = [
+                sampled_logprobs(
+                    actor,
+                    [prompts[row] for row in part.tolist()],
+                    Samples(samples.token_ids[part], samples.lengths[part], samples.finished[part]),
+                    self.sampling("own log-probabilities"),
+                )
+                for part in parts
+            ]
+        return torch.cat(found)[torch.cat(parts).argsort()].cpu()
 
     def sample(self, questions: Sequence[Question], name: str) -> Samples:
         """One response per question; every process draws its own."""
@@ -236,34 +301,24 @@ class Loop:
 
     def report(self, done: int, metrics: dict[str, float], bar: StageProgress) -> None:
         """metrics.jsonl, trackers, progress bar and alarms."""
-        raised, self.history = alarms.check(metrics, self.history, self.facts)
+        raised: list[alarms.Alarm] = []
+        if "objective/kl" in metrics:  # not in a round that only sampled, which says nothing
+            raised, self.history = alarms.check(metrics, self.history, self.facts)
         if self.accelerator.is_main_process:
             self.context.metrics.write(done, **metrics, alarms=[alarm.name for alarm in raised])
         self.accelerator.log(metrics, step=done)
-        bar.show(
-            done,
-            reward=metrics["objective/scores"],
-            kl=metrics["objective/kl"],
-            length=metrics["val/response_length"],
-            eos=metrics["val/eos_rate"],
-        )
+        bar.show(done, **{shown: metrics[name] for shown, name in SHOWN.items() if name in metrics})
         for alarm in raised:
             if alarm.fatal:
                 raise NumericError(f"{self.context.job.stage}, rollout {done}: {alarm.message}")
             self.console.print(f"  [yellow]{self.context.job.stage}, rollout {done}:[/] {escape(alarm.message)}")
 
-    def write_samples(
-        self,
-        index: int,
-        questions: Sequence[Question],
-        samples: Samples,
-        scores: Scores,
-        rollout: Rollout,
-    ) -> None:
+    def write_samples(self, index: int, batch: Batch, scores: Scores, rollout: Rollout) -> None:
         """A few responses of this rollout to samples.jsonl, at fixed rollouts."""
         every = self.config.samples_every or math.ceil(self.config.rollouts / 10)
         if index % every or not self.accelerator.is_main_process:
             return
+        questions, samples = batch.questions, batch.samples
         kl = torch.where(rollout.responses.mask, rollout.logp_old - rollout.logp_ref, 0).sum(1)
         for row, response in enumerate(samples.rows()[:SAMPLES_SHOWN]):
             self.context.samples.write(

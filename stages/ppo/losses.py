@@ -52,14 +52,19 @@ def policy_loss(
     return loss.sum(), stats
 
 
-def kl_loss(logp_new: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tensor) -> Tensor:
-    """Sum of stop_gradient(ratio) * k2: the KL to the reference as a loss.
+def kl_loss(
+    logp_new: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Sum of stop_gradient(ratio) * k2: the KL to the reference as a loss. `weights` are those of tokens that were not
+    drawn from the old policy.
 
     Over tokens drawn from the old policy its expected gradient is that of KL(pi_new || ref), token by token: the
     ratio turns the expectation over the old policy into one over the new, over which k2's gradient k1 grad log pi is
     the KL's. On the first update the ratio is 1. A token's later KL is not charged to it, as it is by k1 in the reward.
     """
     ratio = _bounded_exp(torch.where(mask, logp_new.detach() - logp_old, 0))
+    if weights is not None:
+        ratio = ratio * weights
     logp_new, logp_ref = (torch.where(mask, x, 0) for x in (logp_new, logp_ref))
     return (ratio * k2(logp_new, logp_ref)).sum()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,13 +17,27 @@ from stages.ppo.rollout import Rollout
 from stages.ppo.scorer import Scores
 
 
+@dataclass
+class Phases:
+    """Seconds of the phases of a rollout, as metrics. A GPU may still be at work when a phase ends."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of what is done inside, under the metric's name."""
+        started = time.monotonic()
+        yield
+        self.metrics[name] = self.metrics.get(name, 0.0) + time.monotonic() - started
+
+
 def rollout_metrics(rollout: Rollout, coef: float, given: Scores, processes: Processes = ALONE) -> dict[str, float]:
     """Token averages are over valid tokens of all processes. `given` are the scores before any rule."""
     reduce = processes.sum
     raw_scores = given.total.to(rollout.scores.device)
     mask, lengths = rollout.responses.mask, rollout.responses.lengths.double()
     finished = rollout.responses.finished
-    kl_summary = kl.summary(rollout.logp_old, rollout.logp_ref, mask, reduce)
+    kl_summary = kl.summary(rollout.logp_old, rollout.logp_ref, mask, reduce, rollout.weights)
     scores = moments(rollout.scores, reduce=reduce)
     num_finished = float(reduce(finished.sum()[None].double()))
     return {
@@ -75,15 +92,25 @@ def _critic_metrics(rollout: Rollout, processes: Processes) -> dict[str, float]:
     }
 
 
-def mismatch(engine_logprobs: Tensor, rollout: Rollout, processes: Processes = ALONE) -> dict[str, float]:
-    """How the engine's log-probabilities (B,T) of what it sampled differ from the trainer's: the KL per token from
-    engine to trainer, by k3, and mean and maximum of the absolute difference."""
-    theirs, mask = engine_logprobs.to(rollout.logp_old), rollout.responses.mask
+def mismatch(engine_logprobs: Tensor, rollout: Rollout, mask: Tensor, processes: Processes = ALONE) -> dict[str, float]:
+    """How the engine's log-probabilities (B,T) of the tokens in `mask`, which it sampled from the policy at hand,
+    differ from the trainer's: the KL per token from engine to trainer, by k3, and mean and maximum of the absolute
+    difference."""
+    theirs = engine_logprobs.to(rollout.logp_old)
     gap = torch.where(mask, theirs - rollout.logp_old, 0).abs()
     return {
         "samples/mismatch_kl": moments(kl.k3(theirs, rollout.logp_old), mask, processes.sum).mean,
         "samples/mismatch_mean": moments(gap, mask, processes.sum).mean,
         "samples/mismatch_max": float(processes.max(gap.max()[None].double())),
+    }
+
+
+def staleness_metrics(versions: Tensor, index: int, mask: Tensor, processes: Processes = ALONE) -> dict[str, float]:
+    """How many rollouts before this one, number `index`, the tokens (B,T) that are learned from were sampled."""
+    ages = index - versions
+    return {
+        "rollout/staleness_mean": moments(ages.double(), mask, processes.sum).mean,
+        "rollout/staleness_max": float(processes.max(ages[mask].max()[None].double())),
     }
 
 

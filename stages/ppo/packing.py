@@ -13,15 +13,20 @@ from torch import Tensor
 
 
 def visited(total: int, count: int, step: int, seed_of_pass: Callable[[int], int]) -> list[int]:
-    """Row numbers of step number `step` (from 0), `count` of them: all `total` rows are visited once per pass, in a
-    fresh order that follows from the pass alone. A step may reach into the next pass, or over several."""
-    first, last = step * count, (step + 1) * count
+    """Row numbers of step number `step` (from 0), `count` of them: see `stretch`."""
+    return stretch(total, step * count, (step + 1) * count, seed_of_pass)
+
+
+def stretch(total: int, first: int, last: int, seed_of_pass: Callable[[int], int]) -> list[int]:
+    """Row numbers at the places `first` up to, not including, `last` of an endless stream: all `total` rows are visited
+    once per pass, in a fresh order that follows from the pass alone. A stretch may reach into the next pass, or over
+    several."""
     order: list[int] = []
     for number in range(first // total, (last - 1) // total + 1):
         generator = torch.Generator().manual_seed(seed_of_pass(number))
         order += torch.randperm(total, generator=generator).tolist()
     start = first % total
-    return order[start : start + count]
+    return order[start : start + last - first]
 
 
 def micro_batches(prompts: Tensor, responses: Tensor, rows: int, tokens: int | None) -> list[Tensor]:

@@ -12,8 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.data.rows import Message
 from align.generation.engine import Samples, left_pad
 from align.training.masked import length_mask
+
+
+@dataclass(frozen=True)
+class Question:
+    """A training prompt: its messages, for a reward model with another template, and its token ids."""
+
+    messages: Sequence[Message]
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,9 @@ class Rollout:
     """None without a critic."""
     returns: Tensor | None
     """Targets of the critic: advantages before whitening, plus values."""
+    weights: Tensor | None = None
+    """Of tokens that an older policy sampled, in whatever is an expectation over the policy's own; advantages have them
+    already. None: there are none."""
 
     @property
     def learned(self) -> Tensor:

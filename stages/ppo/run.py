@@ -130,6 +130,7 @@ def new_engine(config: Config, context: Context, policy: Opened, max_length: int
         training_dtype(config.precision),
         max_length,
         config.rollout.micro_batch_size,
+        config.rollout.overlap,
     )
     return open_engine(
         config.rollout,

@@ -143,12 +143,12 @@ class PPOTrainer:
         rate = self.optimisers["actor"].param_groups[0]["lr"] if train_actor else 0.0
         return update_metrics({**averages, "updates": float(updates)}, rate)
 
-    def adapt(self, measured_kl: float, index: int) -> None:
-        """Moves the coefficient towards kl.target, after rollout number `index` was rewarded with it (Ziegler et al.
-        2019). Not while only the critic is trained: the KL does not move either."""
+    def adapt(self, measured_kl: float, index: int, responses: int) -> None:
+        """Moves the coefficient towards kl.target, after the responses of rollout number `index` were rewarded with it
+        (Ziegler et al. 2019). Not while only the critic is trained: the KL does not move either."""
         kl = self.config.kl
         if kl.target is not None and index >= self.warmup:
-            self.kl_coef = adapted(self.kl_coef, measured_kl, kl.target, kl.horizon, self.config.responses)
+            self.kl_coef = adapted(self.kl_coef, measured_kl, kl.target, kl.horizon, responses)
 
     def _look(self, responses: Responses) -> dict[str, Tensor]:
         """logp, reference, entropy (B,T) and, with a critic, values (B,T+1) of all responses; 0 where masked."""
@@ -296,7 +296,8 @@ class PPOTrainer:
         if entropy is not None:
             objective = objective - config.entropy_coef * masked_sum(entropy, learned)
         if config.kl.estimator == "k2":
-            penalty = kl_loss(logp, old, reference, learned)
+            weights = None if rollout.weights is None else rollout.weights[index, columns]
+            penalty = kl_loss(logp, old, reference, learned, weights)
             objective, stats["kl_loss"] = objective + self.kl_coef * penalty, penalty.detach()
         return objective, stats
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -100,7 +101,7 @@ class Served:
         return (logits / temperature).log_softmax(-1).gather(1, chosen)[:, 0]
 
 
-def serve(folder: Path, *, is_tied: bool) -> Served:
+def serve(folder: Path, *, is_tied: bool, keeps_policy: bool = False) -> Served:
     model = new_model(folder, is_tied=is_tied)
     notices: list[str] = []
     engine = VllmServerEngine(
@@ -111,6 +112,7 @@ def serve(folder: Path, *, is_tied: bool) -> Served:
         max_sequences=8,
         timeouts=PATIENT,
         max_restarts=2,
+        keeps_policy=keeps_policy,
         log=folder / "server.log",
         notice=notices.append,
     )
@@ -127,7 +129,8 @@ def served(tmp_path_factory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory) -> Iterator[Served]:
-    one = serve(tmp_path_factory.mktemp("untied"), is_tied=False)
+    """Without, and with a copy of the policy for a server that fails while the policy changes."""
+    one = serve(tmp_path_factory.mktemp("untied"), is_tied=False, keeps_policy=True)
     yield one
     one.engine.close()
 
@@ -286,6 +289,41 @@ def test_restarts_are_bounded(served, monkeypatch):
     assert f"its log {served.engine.log} ends:" in str(caught.value) and "no-such-option" in str(caught.value)
     assert not any(process.is_running() for process in processes) and served.engine.server is None
     assert served.engine.generate(PROMPTS, sampling()).rows() == expected.rows()
+
+
+def test_a_server_that_samples_ahead_fails_while_the_policy_changes(untied, monkeypatch):
+    """In a thread of its own. The server that is started again has the policy of the last hand-over and not the one
+    that is in the making, so the round has the same tokens; and it outlives the thread. At the end the engine is closed
+    while it samples: that is an error, and no server is started any more."""
+    untied.change(9)
+    engine, old = untied.engine, untied.engine.server
+    expected = engine.generate(PROMPTS, sampling()).rows()
+    with torch.no_grad():
+        for parameter in untied.model.parameters():
+            parameter.mul_(1.5)
+    kill_worker(old)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(engine.generate, PROMPTS, sampling()).result().rows() == expected
+    assert len(untied.notices) == 1 and "starting it again" in untied.notices.pop()
+    new = engine.server
+    assert engine.generate(PROMPTS, sampling()).rows() == expected
+    assert engine.server is new is not old and not untied.notices
+    complete, is_under_way, is_closed = engine._complete, threading.Event(), threading.Event()
+
+    def late(body):
+        is_under_way.set()
+        is_closed.wait()
+        return complete(body)
+
+    monkeypatch.setattr(engine, "_complete", late)
+    with ThreadPoolExecutor(1) as pool:
+        samples = pool.submit(engine.generate, PROMPTS, sampling())
+        is_under_way.wait()
+        engine.close()
+        is_closed.set()
+        with pytest.raises(RolloutError, match="was ended while it sampled"):
+            samples.result()
+    assert engine.server is None and new.members() == [] and not untied.notices
 
 
 STARTS_AND_WAITS = """

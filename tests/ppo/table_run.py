@@ -32,7 +32,8 @@ ROWS, ROLLOUTS = 256, 300
 
 
 class TableEngine:
-    """Samples exactly from the distribution of a table, all rows at once."""
+    """Samples exactly from the distribution of a table, all rows at once. A response that a prompt ends with the
+    beginning of goes on."""
 
     name, summary, independent = "table", "", False
 
@@ -42,7 +43,7 @@ class TableEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
         generator = torch.Generator().manual_seed(sampling.seed)
         probabilities = self.model.log_policy().exp()
-        state = torch.zeros(len(prompts), dtype=torch.long)
+        state = torch.tensor([reached(ids) for ids in prompts])
         is_open = torch.ones(len(prompts), dtype=torch.bool)
         columns, lengths = [], torch.zeros(len(prompts), dtype=torch.long)
         for _ in range(sampling.max_tokens):
@@ -55,6 +56,14 @@ class TableEngine:
 
     def sync(self) -> None:
         """The table is the trainer's own."""
+
+
+def reached(ids: Sequence[int]) -> int:
+    """The state after a prompt."""
+    state = 0
+    for token in ids:
+        state = child(state, token) if token >= A else state
+    return state
 
 
 def raw_scores(samples: Samples) -> Tensor:

@@ -15,6 +15,28 @@ LORA = {"rank": 4, "alpha": 8}
     ("config", "given", "key", "what"),
     [
         (Config, {"rollout": {"prompts": 5}, "minibatches": 2}, "minibatches", "5 responses per rollout"),
+        (Config, {"rollout": {"round_tokens": 100}}, "rollout.round_tokens", "256 is not two or more times 100"),
+        (Config, {"rollout": {"round_tokens": 256}}, "rollout.round_tokens", "choose a part of it"),
+        (Config, {"rollout": {"max_staleness": 2}}, "rollout.max_staleness", "without rollout.round_tokens"),
+        (
+            Config,
+            {"rollout": {"round_tokens": 64, "max_staleness": 3}},
+            "rollout.max_staleness",
+            "within 4 rollouts, so the oldest token is at most 3 old",
+        ),
+        (Config, {"rollout": {"overlap": True}}, "rollout.overlap", "auto samples in the trainer's process"),
+        (
+            RlooConfig,
+            {"rollout": {"prompts": 8, "responses_per_prompt": 2, "engine": "vllm", "overlap": True}},
+            "rollout.overlap",
+            "needs rollout.engine: vllm-server",
+        ),
+        (
+            Config,
+            {"rollout": {"round_tokens": 64, "correction": "off"}},
+            "rollout.correction",
+            "older policies' tokens",
+        ),
         (Config, {"overlong": {"buffer": 300}}, "overlong.buffer", "max_response_tokens 256"),
         (Config, {"critic": {"kind": "adapter"}}, "critic.kind", "needs `lora`"),
         (Config, {"lora": {**LORA, "dropout": 0.1}}, "lora.dropout", "ratio of new to old"),
@@ -41,6 +63,19 @@ def test_contradictions_are_refused(config, given, key, what):
     assert [(".".join(map(str, error["loc"])), what in error["msg"]) for error in caught.value.errors()] == [
         (key, True)
     ]
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {"round_tokens": 64, "max_staleness": 2},
+        {"engine": "vllm-server", "overlap": True},
+        {"engine": "vllm-server", "overlap": True, "round_tokens": 128},
+    ],
+)
+def test_responses_may_outlive_their_rollout(rollout):
+    """Carried over, sampled ahead, or both."""
+    Config.model_validate({"rollout": rollout})
 
 
 @pytest.mark.parametrize("config", [Config, RlooConfig, GrpoConfig, DpoConfig])

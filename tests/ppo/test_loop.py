@@ -31,7 +31,7 @@ from stages.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import Tiny
 
 QUESTIONS = 7
-PHASES = {"time/rollout", "time/score", "time/observe", "time/learn", "time/sync"}
+PHASES = {"time/rollout", "time/score", "time/observe", "time/learn", "time/sync", "time/wait"}
 CLOCK = {"time", "eps", *PHASES}
 """Metrics of when and how fast."""
 Wrap = Callable[[TransformersEngine, Context], Any]

@@ -347,7 +347,7 @@ def test_an_adaptive_coefficient_moves_after_the_rollout_was_rewarded():
     rollout."""
     trainer = make_trainer(kl=KLSettings(coef=0.15, target=6.0, horizon=160))
     rollout = trainer.observe(*make_responses())
-    trainer.adapt(12.0, 0)
+    trainer.adapt(12.0, 0, 8)
     assert trainer.kl_coef == pytest.approx(0.1515)
     again = trainer.observe(*make_responses())
     kl = rollout.logp_old - rollout.logp_ref

@@ -154,7 +154,7 @@ def test_the_kl_in_the_loss_has_the_adapted_weight():
     settings = config(kl=KLSettings(coef=0.15, estimator="k2", target=6.0, horizon=160))
     actor, reference = {(): [0.25, 0.25, 0.5]}, {(): [0.5, 0.25, 0.25]}
     trainer = make_trainer(settings, actor=actor, reference=reference, values={(): 1.0})
-    trainer.adapt(12.0, 0)
+    trainer.adapt(12.0, 0, 8)
     found = stepped_with(trainer, {END: 1.0})["actor"]
     expected = 0.1515 * math.log(2) * torch.tensor([-0.25, -0.25, 0.5], dtype=torch.float64)
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12)

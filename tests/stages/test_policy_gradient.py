@@ -65,6 +65,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "adapters and vllm": ("ppo", {**CRITIC, **LORA, **VLLM}, 2),
     "adapters on nf4 and vllm": ("ppo", {**CRITIC, **NF4, **VLLM}, 2),
     "rloo and a vllm server": ("rloo", {"rollout": {**VLLM["rollout"], "engine": "vllm-server"}}, 3),
+    "grpo and a vllm server ahead": (
+        "grpo",
+        {"rollout": {**VLLM["rollout"], "engine": "vllm-server", "overlap": True}},
+        3,
+    ),
     "average and vllm": ("rloo", {"ema": 0.9, **VLLM}, 3),
     "average and demonstrations": ("rloo", {"ema": 0.9, "ptx": {"batch_size": 4}}, 3),
     "rules": (
@@ -173,7 +178,11 @@ def test_the_models_in_memory_are_those_of_the_plan(variant, new_job, tmp_path):
     assert (models.critic is None) is not config.has_critic
 
 
-ON_VLLM = [variant for variant, (_, changes, _) in VARIANTS.items() if changes.keys() >= VLLM.keys()]
+ON_VLLM = [
+    variant
+    for variant, (_, changes, _) in VARIANTS.items()
+    if changes.keys() >= VLLM.keys() and not changes["rollout"].get("overlap")
+]
 
 
 @pytest.mark.parametrize("variant", ON_VLLM)
@@ -182,6 +191,17 @@ def test_the_engine_samples_from_the_policy_at_every_rollout(variant, trained):
     for row in trained(variant)[1].metrics.read():
         assert row["samples/mismatch_max"] < 1e-4 and abs(row["samples/mismatch_kl"]) < 1e-8
         assert row["correction/weight_min"] == pytest.approx(1, abs=1e-4) == row["correction/weight_max"]
+
+
+def test_a_server_samples_ahead_while_the_policy_learns(trained):
+    """Each rollout but the first is one step behind, and corrected by what the server says of its tokens. How long it
+    sampled and how much of that was waited for is reported."""
+    rows = trained("grpo and a vllm server ahead")[1].metrics.read()
+    assert [row["rollout/staleness_mean"] for row in rows] == [0, 1, 1]
+    assert rows[0]["samples/mismatch_max"] < 1e-4 and rows[0]["correction/weight_max"] == pytest.approx(1, abs=1e-4)
+    for row in rows[1:]:
+        assert row["correction/weight_min"] < 0.999 < 1.001 < row["correction/weight_max"]
+        assert {"time/rollout", "time/wait"} <= row.keys()
 
 
 def test_one_base_gives_what_several_models_give(trained):

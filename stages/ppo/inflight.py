@@ -1,0 +1,265 @@
+"""Responses in flight: sampled, in part or whole, in an earlier round of the loop than the one that learns from them.
+
+Long tails (rollout.round_tokens): in a round a response grows by so many tokens. One that has not ended by then goes on
+in the next round under the policy of then, beside new ones that take the places of those that ended. Responses that are
+compared with each other are learned from once all of them have ended.
+
+Overlap (rollout.overlap): while a round is learned from, the responses of the next are sampled in a thread, from the
+policy as it was before.
+
+Either way a policy learns from tokens of older ones. So each token has its version, the number of the round whose
+policy sampled it, and its log-probability under that policy: stages/ppo/correction.py weighs it by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.generation.engine import Samples
+from align.training.masked import length_mask
+from stages.ppo.config import Config
+from stages.ppo.metrics import Phases
+from stages.ppo.rollout import Question
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response to a question, given by its number, as far as it was sampled."""
+
+    question: int
+    ids: list[int] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Under the policies that sampled. Those of the last round may be missing: of an engine that gives none."""
+    finished: bool = False
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens at the end without a log-probability."""
+        return len(self.ids) - len(self.logprobs)
+
+
+Group = tuple[Response, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """What is in flight when a round begins; plain data, saved in checkpoints."""
+
+    groups: tuple[Group, ...] = ()
+    """Responses that are learned from together, in the order in which they were begun."""
+    begun: int = 0
+    """Groups that were ever begun: the place in the stream of prompts."""
+    learned: int = 0
+    """Responses that were learned from."""
+    sampled: int = 0
+    """Responses that grew when this round was sampled; 0 until it is."""
+    restarted: int = 0
+    """Responses that were started anew for it."""
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> State:
+        """From what `asdict` made of one, by way of JSON."""
+        groups = tuple(tuple(Response(**one) for one in group) for group in saved["groups"])
+        return cls(**{**saved, "groups": groups})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a round learns from: B questions, perhaps none, and a response to each."""
+
+    questions: Sequence[Question]
+    samples: Samples
+    episodes: int
+    """Responses learned from, these included."""
+    versions: Tensor | None = None
+    """(B,T) number of the round whose policy sampled each token; None: this one's."""
+    num_known: Tensor | None = None
+    """(B,) tokens of each row whose log-probabilities are in `samples`; what follows is of this round. None: all."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def behaviour(self, logp: Tensor) -> Tensor | None:
+        """(B,T) log-probabilities under the policies that sampled; `logp` are those of the policy at hand. None when
+        the engine gives none and nothing is of another policy."""
+        given = self.samples.logprobs
+        if given is None or self.num_known is None:
+            return given
+        return torch.where(length_mask(self.num_known, given.shape[1]).to(logp.device), given.to(logp), logp)
+
+
+Generate = Callable[[Sequence[Sequence[int]], int, str], Samples]
+"""Samples a response of at most so many tokens to each prompt, under the name of the seed."""
+
+
+class Flight:
+    """The responses in flight, from round to round, of which at most `capacity` grow at a time. `stream` gives the
+    questions' numbers at places of the stream of prompts, `generate` samples, `own_logprobs` computes what the engine
+    does not give."""
+
+    def __init__(
+        self,
+        config: Config,
+        questions: Sequence[Question],
+        capacity: int,
+        pad_id: int,
+        stream: Callable[[int, int], Sequence[int]],
+        generate: Generate,
+        own_logprobs: Callable[[Sequence[Sequence[int]], Samples], Tensor],
+    ):
+        self.settings, self.rounds = config.rollout, config.rollouts
+        self.questions, self.capacity, self.pad_id = questions, capacity, pad_id
+        self.group = config.rollout.responses_per_prompt if config.compares else 1
+        self.tokens = config.rollout.round_tokens or config.rollout.max_response_tokens
+        self._stream, self._generate, self._own_logprobs = stream, generate, own_logprobs
+        self.state = State()
+        """When the round at work began: what a checkpoint before the end of that round holds."""
+        self._rest: State | None = None
+        """What is left when the round at work ends; None before it begins."""
+        self._ahead: tuple[State, int, Future[Samples]] | None = None
+        """What is sampled ahead, with the version of its tokens."""
+        self._phases = Phases()
+
+    def collect(self, index: int, sync: Callable[[], None], phases: Phases) -> Batch:
+        """The responses that round `index` learns from. Hands the policy over with `sync`, once nothing is sampled."""
+        self.settle()
+        with phases.phase("time/sync"):
+            sync()
+        state = self.state
+        if not state.sampled:
+            begun = self._boarded(state, index)
+            state = self._landed(begun, index, self._sample(begun, index))
+        batch, rest = self._taken(state)
+        phases.metrics |= self._phases.metrics
+        with phases.phase("time/observe"):
+            self._phases, self._rest = Phases(), self._with_logprobs(rest)
+        if self.settings.overlap and index + 1 < self.rounds:
+            begun = self._boarded(self._rest, index)
+            self._ahead = begun, index, self._in_a_thread(begun, index + 1)
+        return batch
+
+    def settle(self) -> None:
+        """Ends the round at work: waits for what is sampled ahead. Raises what went wrong with that; the next round is
+        then sampled when it begins."""
+        if self._rest is None:
+            return
+        self.state, self._rest = self._rest, None
+        if self._ahead is not None:
+            (begun, version, samples), self._ahead = self._ahead, None
+            with self._phases.phase("time/wait"):
+                found = samples.result()
+            self.state = self._landed(begun, version, found)
+
+    def give_up(self) -> None:
+        """Forgets the round at work: `state` is as if it had not begun. What is sampled ahead ends with the engine."""
+        self._rest = self._ahead = None
+
+    def _is_open(self, one: Response) -> bool:
+        return not one.finished and len(one.ids) < self.settings.max_response_tokens
+
+    def _open(self, state: State) -> Iterator[Response]:
+        return filter(self._is_open, chain.from_iterable(state.groups))
+
+    def _boarded(self, state: State, version: int) -> State:
+        """With those that are too old started anew, and as many new groups as there is room for."""
+        limit = self.settings.max_staleness
+
+        def is_too_old(one: Response) -> bool:
+            return limit is not None and bool(one.versions) and version - one.versions[0] > limit
+
+        under_way = list(self._open(state))
+        groups = tuple(
+            tuple(Response(one.question) if self._is_open(one) and is_too_old(one) else one for one in group)
+            for group in state.groups
+        )
+        begun = state.begun + (self.capacity - len(under_way)) // self.group
+        groups += self._new(state.begun, begun)
+        return replace(state, groups=groups, begun=begun, restarted=sum(map(is_too_old, under_way)))
+
+    def _new(self, first: int, last: int) -> tuple[Group, ...]:
+        """The groups that are begun at these places. Each prompt has `responses_per_prompt` responses, in one group or
+        in several."""
+        each = self.settings.responses_per_prompt // self.group
+        start = first // each
+        numbers = self._stream(start, -(-last // each))
+        return tuple((Response(numbers[place // each - start]),) * self.group for place in range(first, last))
+
+    def _sample(self, state: State, number: int) -> Samples:
+        """What open responses grow by in round `number`."""
+        with self._phases.phase("time/rollout"):
+            prompts = [self.questions[one.question].ids + one.ids for one in self._open(state)]
+            return self._generate(prompts, self.tokens, f"rollout {number}")
+
+    def _in_a_thread(self, state: State, number: int) -> Future[Samples]:
+        pool = ThreadPoolExecutor(1, thread_name_prefix="rollout")
+        try:
+            return pool.submit(self._sample, state, number)
+        finally:
+            pool.shutdown(wait=False)
+
+    def _landed(self, state: State, version: int, samples: Samples) -> State:
+        """With open responses grown by what was sampled from policy `version`."""
+        rows = samples.rows()
+        logprobs = [[]] * len(rows) if samples.logprobs is None else samples.logprobs.tolist()
+        sampled = zip(rows, logprobs, samples.finished.tolist(), strict=True)
+
+        def grown(one: Response) -> Response:
+            ids, given, finished = next(sampled)
+            versions = one.versions + [version] * len(ids)
+            return Response(one.question, one.ids + ids, versions, one.logprobs + given[: len(ids)], finished)
+
+        groups = tuple(tuple(grown(one) if self._is_open(one) else one for one in group) for group in state.groups)
+        return replace(state, groups=groups, sampled=len(rows))
+
+    def _taken(self, state: State) -> tuple[Batch, State]:
+        """The groups that are complete, and what is left."""
+        rest = tuple(group for group in state.groups if any(map(self._is_open, group)))
+        ended = [one for group in state.groups if not any(map(self._is_open, group)) for one in group]
+        learned = state.learned + len(ended)
+        metrics = {"rollout/learned": float(len(ended))}
+        if self.settings.round_tokens is not None:
+            metrics["rollout/carried"] = sum(1 for _ in self._open(state)) / state.sampled
+        if self.settings.max_staleness is not None:
+            metrics["rollout/restarted"] = float(state.restarted)
+        batch = Batch(
+            [self.questions[one.question] for one in ended],
+            Samples(
+                padded([one.ids for one in ended], self.pad_id, torch.long),
+                torch.tensor([len(one.ids) for one in ended]),
+                torch.tensor([one.finished for one in ended]),
+                padded([one.logprobs + [0.0] * one.num_missing for one in ended], 0.0, torch.float32),
+            ),
+            learned,
+            padded([one.versions for one in ended], 0, torch.long),
+            torch.tensor([len(one.logprobs) for one in ended]),
+            metrics,
+        )
+        return batch, State(rest, state.begun, learned)
+
+    def _with_logprobs(self, state: State) -> State:
+        """With the log-probabilities that the engine did not give, before the policy that sampled is updated."""
+        lacking = [one for one in chain.from_iterable(state.groups) if one.num_missing]
+        if not lacking:
+            return state
+        prompts = [self.questions[one.question].ids + one.ids[: len(one.logprobs)] for one in lacking]
+        new = padded([one.ids[len(one.logprobs) :] for one in lacking], self.pad_id, torch.long)
+        lengths = torch.tensor([one.num_missing for one in lacking])
+        samples = Samples(new, lengths, torch.tensor([one.finished for one in lacking]))
+        found = iter(self._own_logprobs(prompts, samples).tolist())
+
+        def completed(one: Response) -> Response:
+            return replace(one, logprobs=one.logprobs + next(found)[: one.num_missing]) if one.num_missing else one
+
+        return replace(state, groups=tuple(tuple(map(completed, group)) for group in state.groups))
+
+
+def padded(rows: Sequence[Sequence[Any]], fill: Any, dtype: torch.dtype) -> Tensor:
+    """(B,T) of rows that are filled up on the right; (0,0) of none."""
+    width = max(map(len, rows), default=0)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype).view(len(rows), width)
