@@ -48,6 +48,9 @@ class TransformersEngine:
     def sync(self) -> None:
         """Nothing to do: the engine's weights are the trainer's."""
 
+    def rest(self) -> None:
+        """Nothing to do: it holds nothing."""
+
     def differing(self) -> list[str]:
         """None: there is one copy."""
         return []

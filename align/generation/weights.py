@@ -65,10 +65,11 @@ def _weights_of(prefix: str, module: Any) -> Iterator[Weight]:
         for name, parameter in module.named_parameters(prefix, recurse=False):
             yield _plain(name, parameter)
         return
-    base = module.get_base_layer()
+    layer: Any = module
+    base = layer.get_base_layer()
     for name, parameter in base.named_parameters(prefix, recurse=False):
         if name == f"{prefix}.weight":
-            yield Weight(name, parameter, lambda layer=module: _adapted(layer), False, tuple(module.parameters()))
+            yield Weight(name, parameter, lambda: _adapted(layer), False, tuple(layer.parameters()))
         else:
             yield _plain(name, parameter)
 
@@ -201,10 +202,10 @@ def _place(
     """The engine's name for a weight, and the row at which it begins there."""
     if name in engine:
         return name, 0
-    for whole, parts in fused.items():
+    for joined, parts in fused.items():
         for number, part in enumerate(parts):
             if f".{part}." not in name:
                 continue
             before = [name.replace(f".{part}.", f".{other}.") for other in parts[:number]]
-            return name.replace(f".{part}.", f".{whole}."), sum(shapes[one][0] for one in before if one in shapes)
+            return name.replace(f".{part}.", f".{joined}."), sum(shapes[one][0] for one in before if one in shapes)
     return name, 0

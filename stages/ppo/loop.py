@@ -215,7 +215,9 @@ class Loop:
 
     def sample(self, questions: Sequence[Question], name: str) -> Samples:
         """One response per question; every process draws its own."""
-        return self.engine.generate([one.ids for one in questions], self.sampling(name))
+        samples = self.engine.generate([one.ids for one in questions], self.sampling(name))
+        self.engine.rest()  # what follows has the GPU to itself
+        return samples
 
     def sampling(self, name: str) -> Sampling:
         """How responses are sampled; the seed is that of `name` and this process."""

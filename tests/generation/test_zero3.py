@@ -1,4 +1,4 @@
-"""Weights of a policy that DeepSpeed shards over two processes, as a hand-over reads them: whole, and the right ones."""
+"""Weights of a policy that DeepSpeed shards over two processes, as a hand-over reads them: whole, and right."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.generation.zero3_step import alone
 pytest.importorskip("deepspeed")
 
 EXACT = 1e-6
-"""Bound of differences between weights after a step. Measured: 3e-8, from sums in another order; the step moves weights by
-up to 0.05."""
+"""Bound of differences between weights after a step. Measured: 3e-8, from sums in another order; the step moves weights
+by up to 0.05."""
 
 
 def train(folder: Path, stage: int) -> list[dict[str, Any]]:
