@@ -72,6 +72,7 @@ class Sampler:
         samples = self.engine.generate(ids, sampling(order, self.policy, order.seed + number))
         scores = None
         if self.scorer is not None:
+            self.engine.rest()
             scores = self.scorer([prompt.messages for prompt in asked], ids, samples).tolist()
         finished, responses = samples.finished.tolist(), samples.rows()
         for start in range(0, len(asked), order.best_of):

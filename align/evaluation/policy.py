@@ -66,6 +66,7 @@ def evaluate_policy(
     ids = [renderer.prompt(prompt.messages, prompt.source) for prompt in prompts]
     sampling = Sampling(settings.max_response_tokens, 1.0, renderer.stop_ids, renderer.pad_id, seed)
     samples = engine.generate(ids, sampling)
+    engine.rest()
     texts = [renderer.decode(row) for row in samples.rows()]
     questions = [prompt.messages[-1]["content"] for prompt in prompts]
 

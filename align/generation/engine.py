@@ -13,11 +13,17 @@ from typing import Any, Protocol
 
 import torch
 
+from align.errors import ConfigError
+
 CACHE_BLOCK = 128
 """Tokens for which vLLM reserves memory at a time on a CPU; fewer on a GPU."""
 
 PROMPT_TOKENS = 4096
 """Tokens of prompts that vLLM reads in a step on a CPU."""
+
+
+class CannotRun(ConfigError):
+    """This engine cannot hold the model; another one may."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,10 @@ class RolloutEngine(Protocol):
 
     def sync(self) -> None:
         """Makes the engine sample from the policy's current weights. Raises RolloutError when the engine gives up."""
+        ...
+
+    def rest(self) -> None:
+        """Gives up memory that it needs for sampling only, until `generate` or `sync` is called."""
         ...
 
     def differing(self) -> list[str]:

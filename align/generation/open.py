@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from align.errors import ConfigError
-from align.generation.engine import RolloutEngine
+from align.generation.engine import CannotRun, RolloutEngine
 from align.generation.transformers_engine import TransformersEngine
-from align.generation.weights import effective_weights
+from align.generation.weights import effective_weights, gathered
 from align.recipe.settings import EngineSettings
 
 
@@ -41,7 +41,8 @@ def open_engine(
     """The engine that a recipe asks for. `auto` is vLLM in this process where it is installed and can run the model,
     else transformers; `notice` is told why, and whatever else happens to the engine. A server writes to the file `log`.
 
-    Raises ConfigError when the engine that is asked for is not installed, or cannot run the model.
+    Raises ConfigError when the engine that is asked for is not installed, cannot run the model, or cannot do with it
+    what else is asked.
     """
     if settings.engine == "transformers":
         return TransformersEngine(what.policy, what.batch_size)
@@ -57,7 +58,7 @@ def open_engine(
         return _server(settings, what, notice, log)
     try:
         return _in_process(settings, what)
-    except ConfigError as error:
+    except CannotRun as error:
         if settings.engine != "auto":
             raise
         notice(f"transformers, because {error}")
@@ -75,6 +76,7 @@ def _in_process(settings: EngineSettings, what: Sampled) -> RolloutEngine:
         max_sequences=settings.max_sequences,
         kv_cache_bytes=settings.kv_cache_bytes,
         gpu_memory=settings.gpu_memory,
+        sleep=settings.sleep,
     )
 
 
@@ -83,13 +85,15 @@ def _server(settings: EngineSettings, what: Sampled, notice: Callable[[str], Non
 
     return VllmServerEngine(
         what.folder,
-        lambda: ((weight.name, weight.effective()) for weight in effective_weights(what.policy)),
+        lambda: ((weight.name, tensor) for weight, tensor in gathered(effective_weights(what.policy))),
         dtype=what.dtype,
         max_length=what.max_length,
         max_sequences=settings.max_sequences,
         kv_cache_bytes=settings.kv_cache_bytes,
         gpu_memory=settings.gpu_memory,
         address=settings.address,
+        gpu=settings.server_gpu,
+        transport=settings.transport,
         timeouts=Timeouts(settings.timeout, settings.timeout, settings.timeout),
         max_restarts=settings.max_restarts,
         keeps_policy=what.changes_meanwhile,

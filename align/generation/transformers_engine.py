@@ -56,6 +56,9 @@ class TransformersEngine:
     def sync(self) -> None:
         """Nothing to do: the engine's weights are the trainer's."""
 
+    def rest(self) -> None:
+        """Nothing to do: it holds nothing."""
+
     def differing(self) -> list[str]:
         """None: there is one copy."""
         return []
@@ -76,10 +79,11 @@ class TransformersEngine:
         lengths, finished = torch.zeros(2, rows, dtype=torch.long, device=device)
         running, cache = torch.arange(rows, device=device), DynamicCache(config=self.model.config)
         for step in range(sampling.max_tokens):
-            logits = self._logits(new, mask, cache) / sampling.temperature
-            tokens = drawn(logits, draws[running, step])
+            logits = self._logits(new, mask, cache)
+            every = (logits if sampling.temperature == 1 else logits / sampling.temperature).log_softmax(-1)
+            tokens = drawn(every, draws[running, step])
             ids[running, step] = tokens
-            logprobs[running, step] = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+            logprobs[running, step] = every.gather(1, tokens[:, None])[:, 0]
             ended = torch.isin(tokens, stops)
             lengths[running], finished[running] = step + 1, ended.long()
             if ended.all():
@@ -100,11 +104,11 @@ class TransformersEngine:
         return output.logits[:, -1].float()
 
 
-def drawn(logits: Tensor, draws: Tensor) -> Tensor:
-    """Samples of softmax(logits) by inversion: logits (B,V), draws (B,) uniform in [0,1) -> tokens (B,): the first at
-    which the cumulated probability exceeds the draw. In float64: a sum of 150,000 rounded probabilities is off by more
-    than the rare ones have. Raises NumericError when there is no such token."""
-    cumulated = logits.softmax(-1).double().cumsum(-1)
+def drawn(logprobs: Tensor, draws: Tensor) -> Tensor:
+    """Samples by inversion: log-probabilities (B,V), draws (B,) uniform in [0,1) -> tokens (B,), the first at which the
+    cumulated probability exceeds the draw. In float64: a sum of 150,000 rounded probabilities is off by more than the
+    rare ones have. Raises NumericError when there is no such token."""
+    cumulated = logprobs.exp().cumsum(-1, dtype=torch.float64)
     if not cumulated[:, -1].isfinite().all():
         raise NumericError("the policy's logits are not finite: nothing can be sampled from it")
     return torch.searchsorted(cumulated, draws[:, None] * cumulated[:, -1:], right=True)[:, 0]

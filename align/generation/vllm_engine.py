@@ -16,8 +16,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from align.errors import ConfigError, RolloutError
-from align.generation.engine import Samples, Sampling, cache_bytes, cpu_options, group_repeats, request_seed
+from align.errors import RolloutError
+from align.generation.engine import CannotRun, Samples, Sampling, cache_bytes, cpu_options, group_repeats, request_seed
+from align.generation.rest import NONE, Call, choose_rest
 from align.generation.weights import HandOver
 
 # Read by vLLM at its import. In this process: a policy cannot share its weights with another one.
@@ -49,17 +50,20 @@ class VllmEngine:
         max_sequences: int,
         kv_cache_bytes: int | None = None,
         gpu_memory: float = 0.3,
+        sleep: str = "auto",
         seed: int = 0,
     ):
         """`folder` holds the config of `policy`, a causal model or a PeftModel around one; weights are taken from
         memory. `max_length` tokens, prompt and response, fit a sequence, `max_sequences` are computed at a time. On a
         CPU the cache of keys and values takes `kv_cache_bytes`, by default as many as all sequences need; on a GPU the
-        engine takes the share `gpu_memory` of it.
+        engine takes the share `gpu_memory` of it; `sleep` is what it gives up of that when it rests (choose_rest).
 
-        Raises ConfigError when vLLM cannot hold the model.
+        Raises CannotRun when vLLM cannot hold the model, ConfigError when it cannot sleep as asked.
         """
         on_gpu = torch.cuda.is_available()
+        can_sleep = current_platform.is_sleep_mode_available() and current_platform.is_cumem_allocator_available()
         options: dict[str, Any] = {} if on_gpu else cpu_options(max_length)
+        options["enable_sleep_mode"] = choose_rest(sleep, can_sleep=can_sleep) is not NONE
         if on_gpu and kv_cache_bytes is None:
             options["gpu_memory_utilization"] = gpu_memory
         else:
@@ -88,6 +92,12 @@ class VllmEngine:
         except Exception as error:  # loaders raise anything
             self._shut_down()
             raise _cannot_run(folder, error) from error
+        self._is_resting = False
+        try:
+            self.resting = choose_rest(sleep, can_sleep=can_sleep, num_shared=len(self.handover.shared))
+        except BaseException:
+            self.close()
+            raise
         try:  # what has no kernel on this machine shows only now
             self.generate([[0]], Sampling(1, 1.0, (), 0, seed))
         except RolloutError as error:
@@ -98,8 +108,12 @@ class VllmEngine:
         """One response per prompt. Prompts that follow each other and are equal are one request for several samples.
         Each request has a seed of its own, so a response does not depend on what else is in the batch.
 
+        After a rest in which the engine gave up its weights they are handed over again, as they are now.
+
         Raises RolloutError when vLLM fails.
         """
+        if self._is_resting:
+            self._wake(self.resting.loses_weights)
         groups = group_repeats(prompts)
         settings = [
             SamplingParams(
@@ -124,22 +138,42 @@ class VllmEngine:
 
     def sync(self) -> None:
         """Makes the engine sample from the policy's current weights. What it has cached of prompts is of older ones."""
-        self.handover.sync()
+        self._wake(True)
         self.llm.reset_prefix_cache()
+
+    def rest(self) -> None:
+        """Gives up memory, as chosen at the start. Weights that it shares with the policy are never among it."""
+        if not self._is_resting:
+            self._call(self.resting.down)
+            self._is_resting = True
 
     @property
     def summary(self) -> str:
-        """How weights reach the engine."""
-        return self.handover.summary
+        """How weights reach the engine, and what it gives up when it rests."""
+        return ", ".join(filter(None, [self.handover.summary, self.resting.summary]))
 
     def differing(self) -> list[str]:
-        """The names of weights that the engine holds otherwise than the policy."""
-        return self.handover.differing()
+        """The names of weights that the engine holds otherwise than the policy; none while it has given up its own."""
+        return [] if self._is_resting and self.resting.loses_weights else self.handover.differing()
 
     def close(self) -> None:
         """Gives the policy memory of its own again, and the engine's back."""
         self.handover.release()
         self._shut_down()
+
+    def _wake(self, hands_over: bool) -> None:
+        """Takes back what was given up, if anything was, around a hand-over."""
+        if self._is_resting:
+            self._call(self.resting.before)
+        if hands_over:
+            self.handover.sync()
+        if self._is_resting:
+            self._call(self.resting.after)
+            self._is_resting = False
+
+    def _call(self, calls: Sequence[Call]) -> None:
+        for name, given in calls:
+            getattr(self.llm, name)(**given)
 
     def _shut_down(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
@@ -179,8 +213,8 @@ def _plain_weights() -> Iterator[None]:
         yield
 
 
-def _cannot_run(folder: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"rollout.engine vllm cannot run {folder}: {_first_line(error)}")
+def _cannot_run(folder: Path, error: Exception) -> CannotRun:
+    return CannotRun(f"rollout.engine vllm cannot run {folder}: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,6 @@ from torch import Tensor
 from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from align.errors import ConfigError
 from align.generation.vllm_process import HOST, free_port
 
 Post = Callable[[str, Any], Any]
@@ -22,12 +21,8 @@ Post = Callable[[str, Any], Any]
 def connect(
     post: Post, weights: Callable[[], Iterable[tuple[str, Tensor]]], dtype: torch.dtype, num_workers: int
 ) -> Any:
-    """Joins a group with the server's workers; `send_weights()` of the result sends the weights of the moment.
-
-    Raises ConfigError where NCCL cannot work: it wants a GPU of its own for each of them.
-    """
-    if torch.cuda.device_count() < num_workers + 1:
-        raise ConfigError(f"rollout: transfer nccl needs {num_workers + 1} GPUs (transfer memory needs no other one)")
+    """Joins a group with the server's workers; `send_weights()` of the result sends the weights of the moment. NCCL
+    wants a GPU for each of them (transport.choose_transport)."""
     group = NCCLTrainerInitInfo(HOST, free_port(), num_workers + 1, rank=0)
     return WeightTransferTrainerFactory.trainer_init(group, client=_Client(post), source=_Source(weights, dtype))
 
@@ -35,9 +30,11 @@ def connect(
 class _Source(WeightSource):
     def __init__(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], dtype: torch.dtype):
         self._weights, self._dtype = weights, dtype
+        # Asked for at every transfer, and never other: shapes of partitioned weights cost as much as the weights.
+        self._metadata = [ParamMeta(name, dtype, tuple(weight.shape)) for name, weight in weights()]
 
     def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, self._dtype, tuple(weight.shape)) for name, weight in self._weights()]
+        return self._metadata
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self._weights():

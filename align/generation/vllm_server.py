@@ -1,7 +1,7 @@
 """vLLM as a server: token ids and their log-probabilities over HTTP, from processes that may die and come back.
 
 The server is a child of ours, on 127.0.0.1 and behind a key; or one that runs already, at `address`. Weights reach it
-through memory, whatever the device. When it dies, hangs or breaks, the server is started again, given the policy again
+by the way that `transport` names. When it dies, hangs or breaks, the server is started again, given the policy again
 and asked again with the same seeds; the responses are the same (up to rounding, which depends on what else happens to
 be in a batch).
 
@@ -11,6 +11,7 @@ A server of one's own, on this machine and of the same user, with the key in VLL
         --worker-extension-cls align.generation.vllm_worker.WeightReceiver
         --middleware align.generation.vllm_launch.Guard
         --logprobs-mode processed_logprobs --generation-config vllm
+    and, to be sent weights from another GPU by NCCL: --weight-transfer-config '{"backend": "nccl"}'
 """
 
 from __future__ import annotations
@@ -21,14 +22,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import httpx
-import safetensors.torch
 import torch
 from torch import Tensor
 from transformers import AutoConfig
@@ -36,13 +35,19 @@ from transformers import AutoConfig
 from align.data.faults import escaped
 from align.errors import ConfigError, NumericError, RolloutError
 from align.generation.engine import Samples, Sampling, cache_bytes, cpu_options, group_repeats, request_seed
+from align.generation.transport import (
+    WAYS,
+    Transport,
+    buckets,
+    choose_transport,
+    offered,
+    own_gpu,
+    visible_gpu,
+)
 from align.generation.vllm_launch import KEY_VARIABLE
 from align.generation.vllm_process import ServerProcess
 
 Result = TypeVar("Result")
-
-BUCKET_BYTES = 512 * 2**20
-"""Weights that are on their way at a time."""
 
 MOST_REQUESTS = 256
 """Requests under way at a time."""
@@ -84,7 +89,8 @@ class VllmServerEngine:
         kv_cache_bytes: int | None = None,
         gpu_memory: float = 0.3,
         address: str | None = None,
-        transfer: Literal["memory", "nccl"] = "memory",
+        gpu: int | None = None,
+        transport: str = "auto",
         timeouts: Timeouts = Timeouts(),
         max_restarts: int = 3,
         keeps_policy: bool = False,
@@ -96,28 +102,36 @@ class VllmServerEngine:
         `folder` holds the config of the policy; `weights` gives its effective weights as they are when it is called,
         by their names in a saved model, tied ones once or twice. `max_length` tokens, prompt and response, fit a
         sequence, `max_sequences` are computed at a time. On a CPU the cache of keys and values takes `kv_cache_bytes`,
-        by default as many as all sequences need; on a GPU the engine takes the share `gpu_memory` of it.
+        by default as many as all sequences need; on a GPU the engine takes the share `gpu_memory` of it. `gpu` is the
+        number of the GPU that it runs on, among ours; weights go there by the way `transport` (choose_transport).
 
         A server that fails is started again at most `max_restarts` times in a row; `notice` is given a line about each.
         It is given the policy as it is then; with `keeps_policy` as it was at the last `sync`, of which a copy is kept
         in main memory, so that `generate` may run in a thread while the policy is updated. What a server prints goes to
         the file `log`, by default a temporary one that is kept if the server failed.
 
-        Raises RolloutError when the server does not start or does not take the weights.
+        Raises RolloutError when the server does not start or does not take the weights, ConfigError when they cannot go
+        that way.
         """
+        if transport in {"ipc", "nccl"} and own_gpu() is None:
+            raise ConfigError(f"rollout.transport {transport}: the policy is on the CPU; use auto or memory")
         self._weights, self.dtype = weights, dtype
         self._keeps_policy = keeps_policy
         self._kept: dict[str, Tensor] = {}
         self.max_length, self.max_sequences = max_length, max_sequences
         self.timeouts, self.max_restarts, self._notice = timeouts, max_restarts, notice
-        self._address, self._transfer = address, transfer
+        self._address, self._asked = address, transport
         self._removes_log = address is None and log is None
         self.log = _temporary_log() if self._removes_log else log or Path(os.devnull)
         cache = _cache_options(folder, dtype, max_length, max_sequences, kv_cache_bytes, gpu_memory)
-        self._options = [*_options(folder, dtype, max_length, max_sequences, seed, transfer), *cache]
+        self._options = [*_options(folder, dtype, max_length, max_sequences, seed, transport), *cache]
         self._environment = {"HF_HUB_OFFLINE": "1"} if folder.is_dir() else {}
+        if gpu is not None:
+            visible = visible_gpu(gpu, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+            self._environment["CUDA_VISIBLE_DEVICES"] = visible
         self.server: ServerProcess | None = None
         self._client: httpx.Client | None = None
+        self._transport: Transport | None = None
         self._sender: Any = None
         self._is_current = self._is_closed = False
         # A server dies with the thread that starts it, which may not be one that samples once and ends.
@@ -138,7 +152,8 @@ class VllmServerEngine:
     @property
     def summary(self) -> str:
         """How weights reach the server."""
-        return f"weights sent to a server through {'memory' if self._transfer == 'memory' else 'NCCL'}"
+        assert self._transport is not None
+        return f"weights sent to a server through {WAYS[self._transport]}"
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
         """One response per prompt. Prompts that follow each other and are equal are one request for several samples.
@@ -168,6 +183,9 @@ class VllmServerEngine:
                 name: weight.detach().to("cpu", self.dtype, copy=True).contiguous() for name, weight in self._weights()
             }
         self._surviving(lambda: None)
+
+    def rest(self) -> None:
+        """Nothing to do: what it holds is the server's."""
 
     def differing(self) -> list[str]:
         """Nothing: what the server holds is not read back. A weight that it was not given is an error of `sync`."""
@@ -242,7 +260,7 @@ class VllmServerEngine:
                 self.server.kill()
             if self._client is not None:
                 self._client.close()
-            self.server = self._client = self._sender = None
+            self.server = self._client = self._sender = None  # the way stays: a new server is where the old one was
             self._is_current = False
 
     def _ask(self, bodies: Sequence[dict[str, Any]]) -> list[list[_Response]]:
@@ -275,10 +293,13 @@ class VllmServerEngine:
         return responses
 
     def _send_weights(self) -> None:
-        if self._transfer == "nccl":
+        if self._transport is None:
+            places = self._ask_workers("align_place")
+            self._transport = choose_transport(self._asked, own_gpu(), places)
+        if self._transport == "nccl":
             self._send_by_nccl()
         else:
-            self._send_by_memory()
+            self._send_in_buckets(self._transport)
         if not self._call("POST", "/reset_prefix_cache", None, self.timeouts.sync).get("success"):
             raise _Unavailable("kept what it computed with older weights")
         self._is_current = True
@@ -287,18 +308,24 @@ class VllmServerEngine:
         """The weights that the server shall have."""
         return self._kept.items() if self._keeps_policy else self._weights()
 
-    def _send_by_memory(self) -> None:
+    def _send_in_buckets(self, transport: Transport) -> None:
         missing: list[str] = ["all"]
-        for number, bucket in enumerate(buckets(self._policy(), self.dtype)):
-            with memory_file(safetensors.torch.save(bucket)) as path:
-                call = {"method": "align_receive", "args": [path, number == 0]}
-                answer = self._call("POST", "/collective_rpc", call, self.timeouts.sync)
-            replies = answer.get("results") or [{"error": "no answer: was it started with our worker extension?"}]
-            if errors := [reply["error"] for reply in replies if "error" in reply]:
-                raise RolloutError(f"the vLLM server does not take the weights: {_short(errors[0])}")
+        device = "cuda" if transport == "ipc" else "cpu"
+        for number, bucket in enumerate(buckets(self._policy(), self.dtype, device)):
+            with offered(bucket, transport) as (method, offer):
+                replies = self._ask_workers(method, offer, number == 0)
             missing = sorted({name for reply in replies for name in reply["missing"]})
         if missing:
             raise RolloutError(f"the vLLM server was not given {', '.join(missing[:5])} (of {len(missing)} weights)")
+
+    def _ask_workers(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
+        """What each worker answers. Raises RolloutError when one answers an error, or there is none of ours."""
+        call = {"method": method, "args": arguments}
+        answer = self._call("POST", "/collective_rpc", call, self.timeouts.sync)
+        replies = answer.get("results") or [{"error": "no answer: was it started with our worker extension?"}]
+        if errors := [reply["error"] for reply in replies if "error" in reply]:
+            raise RolloutError(f"the vLLM server does not take the weights: {_short(errors[0])}")
+        return replies
 
     def _send_by_nccl(self) -> None:
         from align.generation.vllm_nccl import connect
@@ -358,32 +385,6 @@ def to_samples(responses: Sequence[_Response], sampling: Sampling) -> Samples:
     return Samples(ids, lengths, finished, logprobs)
 
 
-def buckets(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """Weights in `dtype` on the CPU, BUCKET_BYTES at a time or one that is larger. Tied ones are copied."""
-    bucket: dict[str, Tensor] = {}
-    size = 0
-    for name, weight in weights:
-        tensor = weight.detach().to("cpu", dtype).contiguous()
-        if bucket and size + tensor.nbytes > BUCKET_BYTES:
-            yield bucket
-            bucket, size = {}, 0
-        is_tied = any(tensor.data_ptr() == other.data_ptr() for other in bucket.values())
-        bucket[name] = tensor.clone() if is_tied else tensor  # safetensors refuses two names for one memory
-        size += tensor.nbytes
-    yield bucket
-
-
-@contextmanager
-def memory_file(content: bytes) -> Iterator[str]:
-    """The path of a file in memory, for processes of this user on this machine. It is gone when we are: no name of it
-    is left in a folder, whatever happens."""
-    number = os.memfd_create("align-weights")
-    with os.fdopen(number, "wb") as file:
-        file.write(content)
-        file.flush()
-        yield f"/proc/{os.getpid()}/fd/{number}"
-
-
 def _request(ids: Sequence[int], count: int, sampling: Sampling, number: int) -> dict[str, Any]:
     return {
         "token_ids": list(ids),
@@ -418,7 +419,7 @@ def _at_most(groups: Sequence[tuple[Sequence[int], int]], most: int) -> Iterator
 
 
 def _options(
-    folder: Path, dtype: torch.dtype, max_length: int, max_sequences: int, seed: int, transfer: str
+    folder: Path, dtype: torch.dtype, max_length: int, max_sequences: int, seed: int, transport: str
 ) -> list[str]:
     values = {
         "model": str(folder),
@@ -433,7 +434,7 @@ def _options(
         "middleware": "align.generation.vllm_launch.Guard",
     }
     switches = ["--tokens-only", "--disable-uvicorn-access-log"]
-    if transfer == "nccl":
+    if transport == "nccl" or (transport == "auto" and torch.cuda.is_available()):
         values["weight-transfer-config"] = '{"backend": "nccl"}'
     for name, value in ({} if torch.cuda.is_available() else cpu_options(max_length)).items():
         flag = name.replace("_", "-")

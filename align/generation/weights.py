@@ -8,15 +8,21 @@ worked out here and proven against the engine's own loader. Where it cannot be, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from align.generation.partitioned import is_partitioned, whole
 from align.models.lora import without_wrapper
+
+_LAYER = re.compile(r"(.*?\.\d+)\.")
+"""The name of a layer, at the start of a weight's."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,17 @@ class Weight:
     parameter: nn.Parameter
     """The policy's own; with an adapter, that of its base."""
     effective: Callable[[], Tensor]
-    """What the policy computes with now."""
+    """What the policy computes with now, read from `parts`, which have to be whole: see `gathered`."""
     is_plain: bool
     """Whether that is the parameter itself."""
+    parts: tuple[nn.Parameter, ...]
+    """The parameters that go into it."""
+
+    @property
+    def layer(self) -> str:
+        """The layer that it belongs to, or else its module."""
+        found = _LAYER.match(self.name)
+        return found[1] if found else self.name.rpartition(".")[0]
 
 
 def effective_weights(policy: nn.Module) -> list[Weight]:
@@ -49,14 +63,19 @@ def effective_weights(policy: nn.Module) -> list[Weight]:
 def _weights_of(prefix: str, module: Any) -> Iterator[Weight]:
     if not isinstance(module, LoraLayer):
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            yield Weight(name, parameter, lambda parameter=parameter: parameter.detach(), True)
+            yield _plain(name, parameter)
         return
-    base = module.get_base_layer()
+    layer: Any = module
+    base = layer.get_base_layer()
     for name, parameter in base.named_parameters(prefix, recurse=False):
         if name == f"{prefix}.weight":
-            yield Weight(name, parameter, lambda layer=module: _adapted(layer), False)
+            yield Weight(name, parameter, lambda: _adapted(layer), False, tuple(layer.parameters()))
         else:
-            yield Weight(name, parameter, lambda parameter=parameter: parameter.detach(), True)
+            yield _plain(name, parameter)
+
+
+def _plain(name: str, parameter: nn.Parameter) -> Weight:
+    return Weight(name, parameter, parameter.detach, True, (parameter,))
 
 
 @torch.no_grad()
@@ -68,6 +87,16 @@ def _adapted(layer: Any) -> Tensor:
         if adapter in layer.lora_A:
             weight = weight + layer.get_delta_weight(adapter).float()
     return weight
+
+
+def gathered(weights: Iterable[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """Each weight, and what the policy computes with now. Of parameters that are partitioned those of one layer are
+    whole at a time, so a tensor is to be used before the next one is asked for. All processes iterate alike."""
+    for _, layer in groupby(weights, lambda weight: weight.layer):
+        together = list(layer)
+        with whole(part for weight in together for part in weight.parts):
+            for weight in together:
+                yield weight, weight.effective()
 
 
 class HandOver:
@@ -107,12 +136,12 @@ class HandOver:
         """Makes the engine's weights equal to the policy's as they are now."""
         if not self.targets:
             self._load_all()
-        for source, target in self._apart().values():
+        for _, source, target in self._apart():
             target.copy_(source)
 
     def differing(self) -> list[str]:
         """The names of weights that the engine holds otherwise than the policy; empty also where that is unknown."""
-        return [name for name, (source, target) in self._apart().items() if not torch.equal(source.to(target), target)]
+        return [name for name, source, target in self._apart() if not torch.equal(source.to(target), target)]
 
     @torch.no_grad()
     def release(self) -> None:
@@ -121,14 +150,17 @@ class HandOver:
             weight.parameter.data = weight.parameter.data.clone()
         self.shared = []
 
-    def _apart(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """What the policy has and where the engine has it, for weights that are not in the same memory: also those that
-        were shared and were given other memory since."""
-        pairs = {name: (self.weights[name].effective(), target) for name, target in self.targets.items()}
-        return {name: pair for name, pair in pairs.items() if pair[0].data_ptr() != pair[1].data_ptr()}
+    def _apart(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The name of each weight that is not in the same memory here and there, also of those that were shared and
+        were given other memory since; what the policy has, and where the engine has it."""
+        placed = [weight for weight in self.weights.values() if weight.name in self.targets]
+        for weight, source in gathered(placed):
+            target = self.targets[weight.name]
+            if source.data_ptr() != target.data_ptr():
+                yield weight.name, source, target
 
     def _load_all(self) -> None:
-        self._load((weight.name, weight.effective()) for weight in self.weights.values())
+        self._load((weight.name, tensor) for weight, tensor in gathered(self.weights.values()))
 
     def _share(self, weight: Weight) -> bool:
         """Puts a plain parameter into the engine's memory, if it may lie there."""
@@ -140,8 +172,12 @@ class HandOver:
 
 
 def _may_share(parameter: Tensor, target: Tensor) -> bool:
+    """A parameter in memory of somebody else's stays there: DeepSpeed's optimiser writes to the buffers that it has put
+    parameters into (ZeRO-1 and 2) or parts of them (ZeRO-3), and the engine would not see it."""
+    is_its_own = not is_partitioned(parameter) and parameter.untyped_storage().nbytes() == parameter.nbytes
     same = parameter.dtype == target.dtype and parameter.device == target.device
-    return same and parameter.shape == target.shape and target.is_contiguous() and not target.is_inference()
+    fits = parameter.shape == target.shape and target.is_contiguous() and not target.is_inference()
+    return is_its_own and same and fits
 
 
 def locate(
@@ -149,7 +185,7 @@ def locate(
 ) -> dict[str, Tensor]:
     """The part of the engine's parameters that should hold each weight, by its name: rows of a fused or a padded one.
     Empty when one has no place: then nothing is known."""
-    shapes = {weight.name: weight.effective().shape for weight in weights}
+    shapes = {weight.name: tensor.shape for weight, tensor in gathered(weights)}
     targets: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         found, first = _place(name, shapes, engine, fused)
@@ -166,10 +202,10 @@ def _place(
     """The engine's name for a weight, and the row at which it begins there."""
     if name in engine:
         return name, 0
-    for whole, parts in fused.items():
+    for joined, parts in fused.items():
         for number, part in enumerate(parts):
             if f".{part}." not in name:
                 continue
             before = [name.replace(f".{part}.", f".{other}.") for other in parts[:number]]
-            return name.replace(f".{part}.", f".{whole}."), sum(shapes[one][0] for one in before if one in shapes)
+            return name.replace(f".{part}.", f".{joined}."), sum(shapes[one][0] for one in before if one in shapes)
     return name, 0

@@ -22,10 +22,6 @@ from align.pipeline.processes import die_with_parent, signal_workers
 from align.pipeline.summary import write_summary
 from align.records import remove_folder, sweep, write_text
 
-ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
-"""glibc gives threads memory of their own, from which it hands large blocks back to the system at once. Models that
-compute at once (align.training.at_once) then spend a fifth of their time on getting it again."""
-
 
 class StageFailed(AlignError):
     """A stage's process ended badly; it said why on stderr and in its log. The exit code is its own."""
@@ -142,7 +138,7 @@ def worker_command(directory: str, launcher: Sequence[str] = ()) -> list[str]:
 
 def worker_environment(launcher: Sequence[str] = ()) -> dict[str, str]:
     """The environment of a stage's process. ALIGN_WORLD_SIZE is the number of processes asked for."""
-    environment = {**ENVIRONMENT, **os.environ}
+    environment = dict(os.environ)
     for place, argument in enumerate(launcher):
         name, _, value = argument.partition("=")
         if name in {"--num_processes", "--num-processes"}:

@@ -226,9 +226,23 @@ class EngineSettings(Settings):
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = execution(0.3)
     """Share of the GPU's memory that vLLM may use: its weights, where they are not shared, and its cache."""
 
+    sleep: Literal["auto", "none", "cache", "all"] = execution("auto")
+    """vllm, on a GPU: what it gives up of that while the policy is trained. cache: the cache of keys and values. all:
+    also its weights, which is impossible where they are shared with the policy. auto: all where no weight is shared,
+    else cache; on a CPU, where vLLM cannot, none."""
+
     address: str | None = execution(None)
     """vllm-server: URL of a server that runs already; its key is read from VLLM_API_KEY. None: one is started on this
     machine, open to it alone, and ended with the stage."""
+
+    server_gpu: Annotated[int, Field(ge=0)] | None = execution(None)
+    """vllm-server: GPU that a server of the stage's own runs on, by its number among those that the stage sees. None:
+    the first, which is the policy's too."""
+
+    transport: Literal["auto", "memory", "ipc", "nccl"] = execution("auto")
+    """vllm-server: how weights get there. memory: through memory of the machine, from any device to any. ipc: through
+    the memory of the GPU that policy and server are both on. nccl: from GPU to GPU. auto: ipc on one GPU, nccl between
+    GPUs, else memory; the stage says which."""
 
     timeout: PositiveFloat = execution(600.0)
     """vllm-server: seconds without an answer after which it counts as hanging."""

@@ -17,8 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from align.models.roles import Role, wide
 
-CHUNK_TOKENS = 1024
+MAX_TOKENS = 1024
 """Tokens whose logits exist at a time, forward and backward."""
+CPU_BLOCK = 128
+"""Tokens whose logits are computed at a time on a CPU: to get large tensors from the system takes longer than to fill
+them."""
 CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
@@ -43,11 +46,13 @@ def state_logprobs(
     """log pi(token | state), and the entropy of pi(. | state) if asked for.
 
     states (B,T,H), tokens (B,T), mask (B,T) bool -> (B,T) and (B,T) or None, float32 or wider, 0 where mask is False:
-    what lies there is not looked at. Logits exist for CHUNK_TOKENS valid tokens at a time; of more tokens they are
+    what lies there is not looked at. Logits exist for MAX_TOKENS valid tokens at a time; of more tokens they are
     computed once more in the backward pass, so (B,T,V) never exists.
     """
-    blocks = list(zip(states[mask].split(CHUNK_TOKENS), tokens[mask].split(CHUNK_TOKENS), strict=True))
-    compute = _logprobs if len(blocks) == 1 else partial(checkpoint, _logprobs, **CHECKPOINT)
+    valid = states[mask]
+    size = min(MAX_TOKENS, CPU_BLOCK) if valid.device.type == "cpu" else MAX_TOKENS
+    blocks = zip(valid.split(size), tokens[mask].split(size), strict=True)
+    compute = _logprobs if len(valid) <= MAX_TOKENS else partial(checkpoint, _logprobs, **CHECKPOINT)
     parts: list[Any] = [compute(role.head, block, chosen, temperature, with_entropy) for block, chosen in blocks]
     logp, entropy = zip(*parts, strict=True)
     return _spread(torch.cat(logp), mask), _spread(torch.cat(entropy), mask) if with_entropy else None
@@ -65,12 +70,14 @@ def _logprobs(
 
     The softmax is in float32: in bfloat16 it is wrong by 0.016 per token.
     """
-    scaled = wide(head(states)) / temperature
+    scaled = wide(head(states))
+    if temperature != 1:
+        scaled = scaled / temperature
     normaliser = scaled.logsumexp(-1)
     logp = scaled.gather(-1, tokens[:, None])[:, 0] - normaliser
     if not with_entropy:
         return logp, None
-    return logp, normaliser - ((scaled - normaliser[:, None]).exp() * scaled).sum(-1)
+    return logp, normaliser - torch.linalg.vecdot((scaled - normaliser[:, None]).exp_(), scaled)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:

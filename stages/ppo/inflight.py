@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from align.generation.engine import Samples
-from align.training.masked import length_mask
 from stages.ppo.config import Config
 from stages.ppo.metrics import Phases
 from stages.ppo.rollout import Question
@@ -37,13 +36,8 @@ class Response:
     ids: list[int] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    """Under the policies that sampled. Those of the last round may be missing: of an engine that gives none."""
+    """Under the policies that sampled."""
     finished: bool = False
-
-    @property
-    def num_missing(self) -> int:
-        """Tokens at the end without a log-probability."""
-        return len(self.ids) - len(self.logprobs)
 
 
 Group = tuple[Response, ...]
@@ -81,17 +75,7 @@ class Batch:
     """Responses learned from, these included."""
     versions: Tensor | None = None
     """(B,T) number of the round whose policy sampled each token; None: this one's."""
-    num_known: Tensor | None = None
-    """(B,) tokens of each row whose log-probabilities are in `samples`; what follows is of this round. None: all."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-    def behaviour(self, logp: Tensor) -> Tensor | None:
-        """(B,T) log-probabilities under the policies that sampled; `logp` are those of the policy at hand. None when
-        the engine gives none and nothing is of another policy."""
-        given = self.samples.logprobs
-        if given is None or self.num_known is None:
-            return given
-        return torch.where(length_mask(self.num_known, given.shape[1]).to(logp.device), given.to(logp), logp)
 
 
 Generate = Callable[[Sequence[Sequence[int]], int, str], Samples]
@@ -100,8 +84,7 @@ Generate = Callable[[Sequence[Sequence[int]], int, str], Samples]
 
 class Flight:
     """The responses in flight, from round to round, of which at most `capacity` grow at a time. `stream` gives the
-    questions' numbers at places of the stream of prompts, `generate` samples, `own_logprobs` computes what the engine
-    does not give."""
+    questions' numbers at places of the stream of prompts, `generate` samples."""
 
     def __init__(
         self,
@@ -111,13 +94,12 @@ class Flight:
         pad_id: int,
         stream: Callable[[int, int], Sequence[int]],
         generate: Generate,
-        own_logprobs: Callable[[Sequence[Sequence[int]], Samples], Tensor],
     ):
         self.settings, self.rounds = config.rollout, config.rollouts
         self.questions, self.capacity, self.pad_id = questions, capacity, pad_id
         self.group = config.rollout.responses_per_prompt if config.compares else 1
         self.tokens = config.rollout.round_tokens or config.rollout.max_response_tokens
-        self._stream, self._generate, self._own_logprobs = stream, generate, own_logprobs
+        self._stream, self._generate = stream, generate
         self.state = State()
         """When the round at work began: what a checkpoint before the end of that round holds."""
         self._rest: State | None = None
@@ -137,8 +119,7 @@ class Flight:
             state = self._landed(begun, index, self._sample(begun, index))
         batch, rest = self._taken(state)
         phases.metrics |= self._phases.metrics
-        with phases.phase("time/observe"):
-            self._phases, self._rest = Phases(), self._with_logprobs(rest)
+        self._phases, self._rest = Phases(), rest
         if self.settings.overlap and index + 1 < self.rounds:
             begun = self._boarded(self._rest, index)
             self._ahead = begun, index, self._in_a_thread(begun, index + 1)
@@ -205,9 +186,9 @@ class Flight:
 
     def _landed(self, state: State, version: int, samples: Samples) -> State:
         """With open responses grown by what was sampled from policy `version`."""
+        assert samples.logprobs is not None
         rows = samples.rows()
-        logprobs = [[]] * len(rows) if samples.logprobs is None else samples.logprobs.tolist()
-        sampled = zip(rows, logprobs, samples.finished.tolist(), strict=True)
+        sampled = zip(rows, samples.logprobs.tolist(), samples.finished.tolist(), strict=True)
 
         def grown(one: Response) -> Response:
             ids, given, finished = next(sampled)
@@ -233,30 +214,13 @@ class Flight:
                 padded([one.ids for one in ended], self.pad_id, torch.long),
                 torch.tensor([len(one.ids) for one in ended]),
                 torch.tensor([one.finished for one in ended]),
-                padded([one.logprobs + [0.0] * one.num_missing for one in ended], 0.0, torch.float32),
+                padded([one.logprobs for one in ended], 0.0, torch.float32),
             ),
             learned,
             padded([one.versions for one in ended], 0, torch.long),
-            torch.tensor([len(one.logprobs) for one in ended]),
             metrics,
         )
         return batch, State(rest, state.begun, learned)
-
-    def _with_logprobs(self, state: State) -> State:
-        """With the log-probabilities that the engine did not give, before the policy that sampled is updated."""
-        lacking = [one for one in chain.from_iterable(state.groups) if one.num_missing]
-        if not lacking:
-            return state
-        prompts = [self.questions[one.question].ids + one.ids[: len(one.logprobs)] for one in lacking]
-        new = padded([one.ids[len(one.logprobs) :] for one in lacking], self.pad_id, torch.long)
-        lengths = torch.tensor([one.num_missing for one in lacking])
-        samples = Samples(new, lengths, torch.tensor([one.finished for one in lacking]))
-        found = iter(self._own_logprobs(prompts, samples).tolist())
-
-        def completed(one: Response) -> Response:
-            return replace(one, logprobs=one.logprobs + next(found)[: one.num_missing]) if one.num_missing else one
-
-        return replace(state, groups=tuple(tuple(map(completed, group)) for group in state.groups))
 
 
 def padded(rows: Sequence[Sequence[Any]], fill: Any, dtype: torch.dtype) -> Tensor:

@@ -12,15 +12,13 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 
 from align.context import Context
 from align.data.render import Renderer
 from align.errors import ConfigError, Interrupted, NumericError, RolloutError
 from align.evaluation.policy import GoldScorer
 from align.generation.engine import RolloutEngine, Samples, Sampling
-from align.training.masked import length_mask
-from align.training.parity import NUM_PROBES, ParityGuard, sampled_logprobs
+from align.training.parity import NUM_PROBES, ParityGuard
 from align.training.progress import StageProgress
 from stages.ppo import alarms
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
@@ -28,7 +26,7 @@ from stages.ppo.config import Config
 from stages.ppo.correction import correction_metrics, importance_weights
 from stages.ppo.inflight import Batch, Flight
 from stages.ppo.metrics import Phases, distinct_ngrams, mismatch, rollout_metrics, staleness_metrics
-from stages.ppo.packing import micro_batches, stretch
+from stages.ppo.packing import stretch
 from stages.ppo.rollout import Question, Rollout, join
 from stages.ppo.scorer import Rewarder, Scores
 from stages.ppo.trainer import PPOTrainer
@@ -203,7 +201,7 @@ class Loop:
 
     def correct(self, index: int, batch: Batch, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
         """The rollout with each token weighted as if the policy at hand had sampled it, and what that took."""
-        behaviour = batch.behaviour(rollout.logp_old)
+        behaviour = batch.samples.logprobs
         if behaviour is None:
             return rollout, {}
         processes, settings, mask = self.trainer.processes, self.config.rollout, rollout.responses.mask
@@ -214,8 +212,7 @@ class Loop:
             return corrected, mismatch(behaviour, rollout, mask, processes) | metrics
         versions = batch.versions.to(mask.device)
         metrics |= staleness_metrics(versions, index, mask, processes)
-        assert batch.num_known is not None
-        comparable = mask & (versions == index) & length_mask(batch.num_known.to(mask.device), rollout.responses.width)
+        comparable = mask & (versions == index)
         if comparable.any():
             metrics |= mismatch(behaviour, rollout, comparable, processes)
         return replace(corrected, weights=weights), metrics
@@ -255,32 +252,20 @@ class Loop:
             capacity=config.responses // processes,
             pad_id=self.renderer.pad_id,
             stream=lambda first, last: self.visited(first * processes, last * processes),
-            generate=lambda prompts, tokens, name: self.engine.generate(
+            generate=lambda prompts, tokens, name: self.generate(
                 prompts, replace(self.sampling(name), max_tokens=tokens)
             ),
-            own_logprobs=self.own_logprobs,
         )
-
-    def own_logprobs(self, prompts: Sequence[Sequence[int]], samples: Samples) -> Tensor:
-        """(B,T) of what the policy has just sampled, by its own code: for an engine that gives none."""
-        config, actor = self.config, self.trainer.actor
-        lengths = torch.tensor([len(ids) for ids in prompts])
-        parts = micro_batches(lengths, samples.lengths, config.micro_batch_size, config.micro_batch_tokens)
-        with torch.no_grad(), actor.active(), self.trainer.autocast():
-            found = [
-                sampled_logprobs(
-                    actor,
-                    [prompts[row] for row in part.tolist()],
-                    Samples(samples.token_ids[part], samples.lengths[part], samples.finished[part]),
-                    self.sampling("own log-probabilities"),
-                )
-                for part in parts
-            ]
-        return torch.cat(found)[torch.cat(parts).argsort()].cpu()
 
     def sample(self, questions: Sequence[Question], name: str) -> Samples:
         """One response per question; every process draws its own."""
-        return self.engine.generate([one.ids for one in questions], self.sampling(name))
+        return self.generate([one.ids for one in questions], self.sampling(name))
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
+        """Samples, and leaves the GPU to what follows."""
+        samples = self.engine.generate(prompts, sampling)
+        self.engine.rest()
+        return samples
 
     def sampling(self, name: str) -> Sampling:
         """How responses are sampled; the seed is that of `name` and this process."""

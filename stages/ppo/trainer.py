@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from align.errors import NumericError
 from align.models.roles import Role
 from align.recipe.settings import OptimSettings
-from align.training.at_once import at_once
 from align.training.logprobs import response_states, state_logprobs, state_values
 from align.training.masked import ALONE, Processes, masked_sum
 from align.training.schedule import learning_rate_factor
@@ -73,9 +72,6 @@ class PPOTrainer:
         self.actor, self.critic, self.reference = actor, critic, reference
         self.processes, self.demonstrations = processes, demonstrations
         self.shares_states = config.has_critic and config.critic.kind == "shared-head"
-        bodies = [role.body for role in (actor, reference, critic) if role is not None]
-        self.independent = actor.device.type == "cpu" and len({id(body) for body in bodies}) == len(bodies)
-        """Whether the roles share no weights, so that they can compute at once. A GPU is busy with one."""
         self.models = {"actor": actor} | ({} if critic is None else {"critic": critic})
         self.settings = {"actor": config.optim, "critic": config.critic.optim}
         self.optimisers = {name: _optimiser(role, self.settings[name]) for name, role in self.models.items()}
@@ -157,14 +153,15 @@ class PPOTrainer:
         views: list[tuple[Role, View]] = [(self.actor, self._actors_view), (self.reference, self._references_view)]
         if self.critic is not None and not self.shares_states:
             views.append((self.critic, self._critics_view))
-        parts = self._at_once([partial(self._view, role, view, batches, responses.width) for role, view in views])
-        back = torch.cat(order).argsort()
-        return {name: part[back] for seen in parts for name, part in seen.items()}
+        back, seen = torch.cat(order).argsort(), {}
+        for role, view in views:
+            seen |= {name: part[back] for name, part in self._view(role, view, batches, responses.width).items()}
+        return seen
 
     def _view(self, role: Role, view: View, batches: Sequence[Responses], width: int) -> dict[str, Tensor]:
         """What a role says of all batches: an offloaded one is moved once."""
         parts: dict[str, list[Tensor]] = defaultdict(list)
-        with torch.no_grad(), role.active(), self.autocast():
+        with role.active(), self.autocast():
             for batch in batches:
                 for name, part in view(batch).items():
                     parts[name].append(nn.functional.pad(part, (0, width - batch.width)))
@@ -230,7 +227,8 @@ class PPOTrainer:
         self.num_steps += 1
 
     def _gradients(self, rollout: Rollout, minibatch: Tensor, weight: float, train_actor: bool) -> dict[str, Tensor]:
-        """Adds the gradients of the minibatch, actor and critic at once; returns sums over its tokens, and maxima."""
+        """Adds the gradients of the minibatch, the actor's and then the critic's; returns sums over its tokens, and
+        maxima."""
         minibatch = minibatch[rollout.learned[minibatch].any(1).cpu()]
         objectives: list[tuple[Role, Objective]] = []
         if self.shares_states:
@@ -241,13 +239,10 @@ class PPOTrainer:
             objectives.append((self.critic, self._value_objective))
         batches = self._micro_batches(rollout.responses, minibatch)
         train_body = train_actor or not self.shares_states
-        found = self._at_once(
-            [
-                partial(self._accumulate, role, objective, rollout, batches, weight, train_body)
-                for role, objective in objectives
-            ]
-        )
-        return {name: value for sums in found for name, value in sums.items()}
+        sums: dict[str, Tensor] = {}
+        for role, objective in objectives:
+            sums |= self._accumulate(role, objective, rollout, batches, weight, train_body)
+        return sums
 
     def _accumulate(
         self,
@@ -349,10 +344,6 @@ class PPOTrainer:
         lengths = responses.prompt_lengths[picked].cpu(), responses.lengths[picked].cpu()
         parts = micro_batches(*lengths, self.config.micro_batch_size, self.config.micro_batch_tokens)
         return [picked[part] for part in parts]
-
-    def _at_once(self, calls: Sequence[Callable[[], dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
-        """Calls about a role each, at the same time where the roles have nothing in common."""
-        return at_once(calls) if self.independent else [call() for call in calls]
 
     def _states(self, role: Role, batch: Responses) -> Tensor:
         return response_states(role, batch.input_ids, batch.attention_mask, batch.width)

@@ -14,6 +14,7 @@ import torch
 from align.errors import ConfigError, RolloutError
 from align.generation.engine import RolloutEngine, Sampling, cache_bytes, request_seed
 from align.generation.open import Sampled, open_engine
+from align.generation.rest import ALL
 from align.generation.vllm_engine import VllmEngine
 from align.models.roles import causal_role
 from align.recipe.settings import EngineSettings
@@ -217,6 +218,49 @@ def test_closing_leaves_the_policy_whole(tmp_path):
     assert torch.equal(model(input_ids=ids).logits, before)
     storages = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
     assert len(storages) == len(set(storages))
+
+
+def discard(engine: VllmEngine) -> None:
+    """What a GPU does to weights at sleep level 2. vLLM on a CPU goes through the calls, and keeps them."""
+    with torch.no_grad():
+        for parameter in engine._model().parameters():
+            parameter.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("syncs", [True, False], ids=["sync", "generate"])
+def test_weights_given_up_in_a_rest_are_handed_over_again(syncs, tmp_path):
+    """The engine sleeps, all its weights turn to NaN, the policy trains; woken by a hand-over or by being asked to
+    sample, it is the policy again, and works."""
+    model = make_model(tmp_path, "llama", True, FLOAT)
+    with closing(open_vllm(model, tmp_path, BRAIN)) as engine:
+        check = guard(engine, model, BRAIN)
+        engine.resting = ALL
+        for _ in range(2):
+            engine.rest()
+            engine.rest()
+            assert engine.llm.llm_engine.is_sleeping()
+            discard(engine)
+            assert engine.differing() == []
+            optimise(model, 2)
+            if syncs:
+                engine.sync()
+            check.gap()
+            check.check()
+            assert not engine.llm.llm_engine.is_sleeping()
+
+
+def test_an_engine_on_a_cpu_keeps_what_it_has(tmp_path):
+    """With `auto` a rest is nothing; a setting that asks for more is an error, also where the engine is ours to
+    choose."""
+    model = make_model(tmp_path, "llama", True, FLOAT)
+    with closing(open_vllm(model, tmp_path)) as engine:
+        expected = engine.generate(PROMPTS, sampling()).rows()
+        engine.rest()
+        assert not engine.llm.llm_engine.is_sleeping() and engine.summary == "20 weights shared"
+        assert engine.generate(PROMPTS, sampling()).rows() == expected
+    what = Sampled(model, tmp_path, FLOAT, max_length=32, batch_size=4)
+    with pytest.raises(ConfigError, match=r"rollout\.sleep cache: vLLM gives up memory on a GPU only"):
+        open_engine(EngineSettings(engine="auto", sleep="cache"), what, notice=print)
 
 
 def test_bytes_of_the_cache(tmp_path):

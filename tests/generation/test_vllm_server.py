@@ -25,12 +25,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.errors import ConfigError, NumericError, RolloutError
 from align.generation.engine import Samples, Sampling
+from align.generation.open import Sampled, open_engine
+from align.recipe.settings import EngineSettings
 from tests.generation.conftest import END_OF_TURN, EOS, PAD
 
 pytest.importorskip("vllm")
 
+from align.generation.transport import buckets
 from align.generation.vllm_process import ServerProcess, wait_gone
-from align.generation.vllm_server import Timeouts, VllmServerEngine, _Response, buckets, to_samples
+from align.generation.vllm_server import Timeouts, VllmServerEngine, _Response, to_samples
 
 PATIENT = Timeouts(start=400, answer=200, sync=200)
 """Other processes may keep the machine busy."""
@@ -148,6 +151,21 @@ def test_log_probabilities_are_the_policys_whatever_its_weights(which, request):
     assert rows[0] != rows[1]
 
 
+def test_the_way_of_the_weights_is_named(served):
+    """Chosen from what the workers say of themselves: on a CPU memory is the only one."""
+    assert served.engine.summary == "weights sent to a server through memory"
+
+
+@pytest.mark.parametrize("transport", ["ipc", "nccl"])
+def test_a_way_that_a_cpu_has_not_is_refused_at_once(transport, tmp_path):
+    new_model(tmp_path, is_tied=True)
+    what = Sampled(None, tmp_path, torch.float32, max_length=32, batch_size=4)
+    settings = EngineSettings(engine="vllm-server", transport=transport)
+    with pytest.raises(ConfigError, match=rf"rollout\.transport {transport}: the policy is on the CPU; use auto"):
+        open_engine(settings, what, notice=print, log=tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+
+
 def test_weights_count_from_their_hand_over(served):
     """Before `sync` the server still has the policy of the last one, and what it cached of it; after it, not."""
     served.change(1)
@@ -208,7 +226,7 @@ def test_a_weight_that_is_not_handed_over_is_an_error(served, monkeypatch):
 
 def test_weights_may_come_in_parts(served, monkeypatch):
     """A policy larger than what is on its way at a time."""
-    monkeypatch.setattr("align.generation.vllm_server.BUCKET_BYTES", 20_000)
+    monkeypatch.setattr("align.generation.transport.BUCKET_BYTES", 20_000)
     assert len(list(buckets(served.model.named_parameters(), torch.float32))) > 5
     served.change(6)
     assert served.worst(served.engine.generate(PROMPTS, sampling())) < EXACT

@@ -42,20 +42,25 @@ class TableEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
         generator = torch.Generator().manual_seed(sampling.seed)
-        probabilities = self.model.log_policy().exp()
+        logp = self.model.log_policy()
         state = torch.tensor([reached(ids) for ids in prompts])
         is_open = torch.ones(len(prompts), dtype=torch.bool)
-        columns, lengths = [], torch.zeros(len(prompts), dtype=torch.long)
+        columns, logprobs, lengths = [], [], torch.zeros(len(prompts), dtype=torch.long)
         for _ in range(sampling.max_tokens):
-            token = A + torch.multinomial(probabilities[state], 1, generator=generator)[:, 0]
+            action = torch.multinomial(logp[state].exp(), 1, generator=generator)
+            token = A + action[:, 0]
             columns.append(torch.where(is_open, token, sampling.pad_id))
+            logprobs.append(torch.where(is_open, logp[state].gather(1, action)[:, 0], 0).float())
             lengths += is_open.long()
             is_open &= ~torch.isin(token, torch.tensor(sampling.stop_ids))
             state = torch.where(is_open, child(state, token), state)
-        return Samples(torch.stack(columns, 1), lengths, ~is_open)
+        return Samples(torch.stack(columns, 1), lengths, ~is_open, torch.stack(logprobs, 1))
 
     def sync(self) -> None:
         """The table is the trainer's own."""
+
+    def rest(self) -> None:
+        """Nothing to do."""
 
 
 def reached(ids: Sequence[int]) -> int:

@@ -15,7 +15,6 @@ from align.context import Context
 from align.errors import Interrupted, RolloutError
 from align.generation.engine import Samples, Sampling
 from align.generation.transformers_engine import TransformersEngine
-from align.models.roles import causal_role
 from align.recipe.settings import CheckpointSettings, OptimSettings
 from align.training.masked import length_mask
 from align.training.parity import sampled_logprobs
@@ -24,7 +23,7 @@ from stages.ppo.correction import importance_weights
 from stages.ppo.inflight import Batch, Flight, State, padded
 from stages.ppo.losses import kl_loss, policy_loss
 from stages.ppo.metrics import Phases
-from stages.ppo.rollout import Question, Responses, Rollout, join
+from stages.ppo.rollout import Question, Responses, Rollout
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.bandit import CLIP, REF, SCORES, objective_gradient
 from tests.ppo.table_model import (
@@ -52,9 +51,6 @@ LENGTHS = [1, 5, 2, 9, 3, 2, 4, 1]
 class Script:
     """Answers of known lengths, in parts: token t of the answer to question q is 10 q + t, the last one STOP."""
 
-    def __init__(self, *, gives_logprobs: bool = True):
-        self.gives_logprobs = gives_logprobs
-
     def __call__(self, prompts: Sequence[Sequence[int]], tokens: int, name: str) -> Samples:
         rows = []
         for question, *before in prompts:
@@ -66,13 +62,8 @@ class Script:
             padded(rows, 0, torch.long),
             torch.tensor([len(row) for row in rows]),
             torch.tensor([row[-1] == STOP for row in rows]),
-            logprobs if self.gives_logprobs else None,
+            logprobs,
         )
-
-
-def own_logprobs(prompts: Sequence[Sequence[int]], samples: Samples) -> Tensor:
-    """Says how many tokens were there already."""
-    return -100.0 * torch.tensor([[len(ids) - 1.0] for ids in prompts]).expand(samples.token_ids.shape)
 
 
 def new_flight(script: Script | None = None, capacity: int = 3, **changes: Any) -> Flight:
@@ -81,9 +72,7 @@ def new_flight(script: Script | None = None, capacity: int = 3, **changes: Any) 
     rollout = RolloutSettings(**{"prompts": capacity, "max_response_tokens": 6, "round_tokens": 2, **changes})
     config = Config(rollouts=5, rollout=rollout, estimator=estimator, epochs=1)
     questions = [Question([], [number]) for number in range(len(LENGTHS))]
-    return Flight(
-        config, questions, config.responses, 0, lambda *places: range(*places), script or Script(), own_logprobs
-    )
+    return Flight(config, questions, config.responses, 0, lambda *places: range(*places), script or Script())
 
 
 def nothing() -> None:
@@ -174,15 +163,6 @@ def test_what_is_too_old_is_started_anew():
     assert (one.question, one.ids, one.versions) == (1, [10, 11], [4, 4])
 
 
-def test_what_the_engine_does_not_say_is_computed_before_the_update():
-    """Only of what stays in flight. `own_logprobs` is asked for the tokens of the last round, after those before; what
-    ends in the round that sampled it has the log-probabilities of the policy at hand."""
-    batches = list(collected(new_flight(Script(gives_logprobs=False)), 4))
-    logp = torch.full((2, 5), -7.0)
-    assert batches[2].num_known.tolist() == [4, 2]
-    assert batches[2].behaviour(logp).tolist() == [[0, 0, -200, -200, -7], [0, 0, -7, -7, -7]]
-
-
 def test_a_state_survives_json():
     """With everything that is in flight after two rounds; log-probabilities to the last bit."""
     flight = new_flight()
@@ -193,13 +173,10 @@ def test_a_state_survives_json():
     assert State.restored(json.loads(json.dumps(asdict(state)))) == state
 
 
-def test_worked_weights_of_three_policies():
-    """Behaviour [-1.5, -.5, ?, ?] against -1: weights e^.5, e^-.5, and 1 where the policy at hand sampled."""
-    samples = Samples(torch.zeros(1, 4, dtype=torch.long), torch.tensor([4]), torch.tensor([True]), None)
-    samples = replace(samples, logprobs=torch.tensor([[-1.5, -0.5, 0.0, 0.0]]))
-    batch = Batch([], samples, 1, torch.tensor([[0, 1, 2, 2]]), torch.tensor([2]))
-    old = torch.full((1, 4), -1.0)
-    weights = importance_weights(batch.behaviour(old), rollout_of(old), "token", 2.0)
+def test_worked_weights_of_two_policies():
+    """Behaviour [-1.5, -.5, -1, -1] against -1: weights e^.5, e^-.5, and 1 where the policy at hand sampled."""
+    behaviour, old = torch.tensor([[-1.5, -0.5, -1.0, -1.0]]), torch.full((1, 4), -1.0)
+    weights = importance_weights(behaviour, rollout_of(old), "token", 2.0)
     torch.testing.assert_close(weights, torch.tensor([[1.648721, 0.606531, 1.0, 1.0]]), rtol=0, atol=1e-6)
 
 
@@ -334,18 +311,6 @@ def test_a_run_on_responses_in_parts_ends_at_the_optimum(tmp_path):
     assert world.distance(loop.trainer.actor.log_policy()) < 5e-3  # type: ignore[attr-defined]
 
 
-class Apart(OwnWeights):
-    """An engine with weights of its own that may sample while the policy learns, and says its log-probabilities, like a
-    server."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
-        samples = super().generate(prompts, sampling)
-        with torch.no_grad():
-            return replace(
-                samples, logprobs=sampled_logprobs(causal_role(self.engine.model), prompts, samples, sampling)
-            )
-
-
 def stopping(engine: Wrap, calls: int) -> Wrap:
     """That engine, and during its n-th call the stop signal comes."""
     return lambda inner, context: StopAfter(engine(inner, context), context, calls)
@@ -361,11 +326,11 @@ GROUPS = {**CARRIED, "prompts": 3, "responses_per_prompt": 2}
 AHEAD = {"engine": "vllm-server", "overlap": True}
 VARIANTS: dict[str, tuple[Wrap, dict[str, Any], dict[str, Any]]] = {
     "carried": (shared, {}, CARRIED),
-    "carried, restarted": (shared, {}, {**CARRIED, "max_staleness": 1}),
+    "carried, restarted": (shared, {}, {**CARRIED, "round_tokens": 3, "max_response_tokens": 9, "max_staleness": 1}),
     "carried in groups": (shared, {"estimator": "rloo"}, GROUPS),
-    "carried, an engine apart": (Apart, {}, CARRIED),
-    "overlap": (Apart, {}, {"prompts": 6, "max_response_tokens": 6, **AHEAD}),
-    "overlap, carried in groups": (Apart, {"estimator": "rloo"}, {**GROUPS, **AHEAD}),
+    "carried, an engine apart": (OwnWeights, {}, CARRIED),
+    "overlap": (OwnWeights, {}, {"prompts": 6, "max_response_tokens": 6, **AHEAD}),
+    "overlap, carried in groups": (OwnWeights, {"estimator": "rloo"}, {**GROUPS, **AHEAD}),
 }
 
 
@@ -391,8 +356,7 @@ def test_every_token_has_the_log_probability_of_the_policy_that_sampled_it(varia
         sync()
 
     def learning(index: int, batch: Batch, *rest: Any) -> Any:
-        responses = join([one.ids for one in batch.questions], batch.samples, loop.renderer.pad_id, "cpu")
-        seen.append((index, batch, batch.behaviour(loop.trainer._look(responses)["logp"].detach())))
+        seen.append((index, batch, batch.samples.logprobs))
         return learn(index, batch, *rest)
 
     loop.sync, loop.learn = synced, learning  # type: ignore[method-assign]
@@ -433,7 +397,7 @@ def test_stopping_and_resuming_changes_nothing(calls, variant, tiny, tmp_path):
 def test_a_server_that_samples_ahead_is_one_step_behind(tiny, tmp_path):
     """Every rollout but the first learns from the policy before it; the first two are sampled by the same. What was
     waited for is reported, and there is no mismatch to report."""
-    loop = make_loop(tiny, tmp_path, variant_config("overlap"), wrap=Apart)
+    loop = make_loop(tiny, tmp_path, variant_config("overlap"), wrap=OwnWeights)
     loop.run()
     rows = loop.context.metrics.read()
     assert (
@@ -462,7 +426,7 @@ def test_every_prompt_is_begun_in_its_turn(tiny, tmp_path):
     assert asked == [loop.questions[number].ids for number in loop.visited(0, len(asked))]
 
 
-class FailsAfter(Apart):
+class FailsAfter(OwnWeights):
     """Gives up at its n-th call."""
 
     def __init__(self, engine: TransformersEngine, context: Context, calls: int):
@@ -485,7 +449,7 @@ def test_an_engine_that_gives_up_ahead_loses_nothing(every_steps, tiny, tmp_path
     with pytest.raises(RolloutError, match="gone"):
         loop.run()
     assert loop.trainer.num_steps == 8
-    resumed = make_loop(tiny, tmp_path, config, wrap=Apart)
+    resumed = make_loop(tiny, tmp_path, config, wrap=OwnWeights)
     resumed.run()
     rows = resumed.context.metrics.read()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -496,14 +460,14 @@ def test_a_reward_that_is_down_repeats_its_round(tiny, tmp_path):
     """The endpoint fails after the next round's sampling began: the checkpoint is that of before the round, with its
     responses, and the run that goes on ends as if nothing had happened."""
     config = variant_config("overlap")
-    whole = make_loop(tiny, tmp_path / "whole", config, wrap=Apart)
+    whole = make_loop(tiny, tmp_path / "whole", config, wrap=OwnWeights)
     whole.run()
-    loop = make_loop(tiny, tmp_path / "parts", config, wrap=Apart)
+    loop = make_loop(tiny, tmp_path / "parts", config, wrap=OwnWeights)
     calls = iter([loop.rewarder, loop.rewarder, failing])
     loop.rewarder = lambda *given: next(calls)(*given)  # type: ignore[assignment]
     with pytest.raises(RolloutError, match="endpoint"):
         loop.run()
-    resumed = make_loop(tiny, tmp_path / "parts", config, wrap=Apart)
+    resumed = make_loop(tiny, tmp_path / "parts", config, wrap=OwnWeights)
     resumed.run()
     assert_same_run(resumed, whole)
 

@@ -83,14 +83,17 @@ def test_gradients_agree_with_finite_differences():
     assert gradcheck(both, (states, weight))
 
 
+@pytest.mark.parametrize("block", [2, 128])
 @pytest.mark.parametrize("chunk", [1, 3, 8, 10_000])
-def test_chunks_change_neither_values_nor_gradients(chunk, monkeypatch):
+def test_chunks_change_neither_values_nor_gradients(chunk, block, monkeypatch):
     """N2, row 21: the head of valid tokens only, a few at a time and recomputed, against a plain log-softmax of all
-    logits: values and the gradients of states and head, for every chunk size."""
+    logits: values and the gradients of states and head, for every size of what may exist and of what is computed at
+    a time."""
     generator = torch.Generator().manual_seed(2)
     mask = torch.rand(3, 7, generator=generator) < 0.6
     tokens, weights = random_tokens(3, 7, vocabulary=11), random_logits(3, 7, seed=1)
-    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(logprobs, "MAX_TOKENS", chunk)
+    monkeypatch.setattr(logprobs, "CPU_BLOCK", block)
     results = []
     for is_ours in (True, False):
         states, head = random_logits(3, 7, 4).requires_grad_(), random_logits(11, 4, seed=3).requires_grad_()
@@ -111,7 +114,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk, monkeypatch):
 def test_logits_exist_for_a_chunk_of_valid_tokens_at_a_time(monkeypatch):
     """Row 21: 12 slots, 4 of them valid, chunks of 3: the head sees 3 and 1 states, never (B,T,V), and the same once
     more in the backward pass."""
-    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 3)
+    monkeypatch.setattr(logprobs, "MAX_TOKENS", 3)
     seen: list[int] = []
 
     def head(states):

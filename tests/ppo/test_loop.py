@@ -122,6 +122,9 @@ class StopAfter:
     def sync(self) -> None:
         self.engine.sync()
 
+    def rest(self) -> None:
+        """Nothing to do."""
+
 
 class OwnWeights:
     """An engine with weights of its own, like one in another process: it samples from what it was last given."""
@@ -138,6 +141,9 @@ class OwnWeights:
 
     def sync(self) -> None:
         self.engine.model.load_state_dict(self.source.state_dict())
+
+    def rest(self) -> None:
+        """Nothing to do."""
 
 
 def stop_after(calls: int) -> Wrap:

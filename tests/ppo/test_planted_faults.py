@@ -7,7 +7,7 @@ loop of test_loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,16 +26,13 @@ from align.context import Context
 from align.data.render import Renderer
 from align.errors import NumericError
 from align.evaluation.scorer import RewardModel, RewardScorer
-from align.generation.engine import Samples, Sampling
 from align.job import Input, Job
 from align.models.opened import Opened
 from align.recipe.settings import CheckpointSettings, OptimSettings
 from align.rewards.settings import RewardTerm
-from align.training.logprobs import response_states, state_logprobs
 from stages.ppo.alarms import RULES
 from stages.ppo.config import Config, CriticSettings, KLSettings, RolloutSettings
 from stages.ppo.loop import Loop, Question
-from stages.ppo.rollout import join
 from stages.ppo.scorer import Rewarder
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import Tiny
@@ -62,14 +59,6 @@ class SeparateEngine(TableEngine):
             table = self.policy.table.detach()
             unlikely = table < table.topk(self.most_likely).values[:, -1:]
             self.model = TableModel(table.masked_fill(unlikely, -1e4))
-
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
-        samples = super().generate(prompts, sampling)
-        batch = join(prompts, samples, PAD, "cpu")
-        states = response_states(self.model, batch.input_ids, batch.attention_mask, batch.width)
-        logprobs, _ = state_logprobs(self.model, states[:, :-1], batch.tokens, batch.mask, 1.0)
-        return replace(samples, logprobs=logprobs)
 
 
 def no_b(response: Response) -> float:

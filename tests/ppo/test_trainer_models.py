@@ -211,19 +211,3 @@ def test_micro_batches_do_not_matter_to_roles_on_one_base(critic, tiny):
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
-
-
-def test_actor_and_critic_at_once_are_the_same(policy, policy_input, tiny):
-    """In two threads of one thread each, every weight is bit for bit what it is one role after the other."""
-    found = []
-    before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        try:
-            trainer = make_trainer(copy.deepcopy(policy), tiny, epochs=2, minibatches=2)
-            assert trainer.independent
-            trainer.improve(trainer.observe(*make_responses(policy_input)), 0)
-        finally:
-            torch.set_num_threads(before)
-        found.append(weights(trainer))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
