@@ -68,7 +68,7 @@ def load(settings: DataSettings, role: Role) -> Dataset:
     train = Found(role, contamination=contamination)
     ranges = {name: train.read(part.path, part) for name, part in parts.items()}
     held_out = Found(role, is_held_out=True)
-    held_out.read(settings.held_out_path or [], settings)
+    held_out.read(settings.held_out_path, settings)
     may_skip = settings.on_bad == "skip"
     _raise_problems([train, held_out], evaluated, may_skip=may_skip)
     chosen = mixed(train.keys, list(ranges.values()), list(parts.values()))[: settings.max_rows]
@@ -125,7 +125,7 @@ class Found:
     def __post_init__(self) -> None:
         self.rows = Spool(ROW_TYPES[self.role])
 
-    def read(self, paths: str | list[str], settings: ReadSettings) -> range:
+    def read(self, paths: str | list[str] | None, settings: ReadSettings) -> range:
         """Reads files; gives the positions of their good rows."""
         start = len(self.rows)
         for file in _files(paths, settings.files):

@@ -209,6 +209,8 @@ def _text_lines(stream: IO[bytes], longest: int = MAX_LINE) -> Iterator[tuple[in
 def _check_jsonl(first: bytes) -> None:
     if first.startswith(b"["):
         raise FileFault("the file starts with `[`: it is a JSON array, not one object per line", "rename it to .json")
+    if b"\r" in first:
+        raise FileFault("its lines end in carriage returns alone", "save it with newlines")
     if first == b"{":
         raise FileFault("objects are spread over several lines", "write each object on one line")
 

@@ -111,12 +111,16 @@ def _downloaded(name: str, revision: str | None, pattern: str | None) -> Path:
             "a data set of the hub must be pinned to a commit, and there is no such file here",
             f"write `{name}@<40 hex digits>`",
         )
-    from huggingface_hub import snapshot_download  # here, because only hub ids pay for it
+    from huggingface_hub import constants, snapshot_download  # here, because only hub ids pay for it
 
     endings = [f"*{suffix}{packed}" for suffix in READERS for packed in ("", ".gz", ".zst")]
     wanted = endings if pattern is None else [pattern, f"{pattern}/*"]
+    only_local = constants.HF_HUB_OFFLINE
     try:
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=wanted))
+        folder = snapshot_download(
+            name, repo_type="dataset", revision=revision, allow_patterns=wanted, local_files_only=only_local
+        )
+        return Path(folder)
     except Exception as error:  # of the network, the hub and the disk, in the library's many kinds
         reason = str(error).strip().partition("\n")[0]
         raise FileFault(f"the hub does not give it: {reason}", "check the name, the commit and HF_TOKEN") from error

@@ -96,7 +96,7 @@ class _Unpacked(io.RawIOBase):
         try:
             data = self._unpacker.read(len(buffer))
         except (EOFError, zlib.error, OSError) as error:
-            what = f"the compressed data is damaged or cut after {self._done} bytes of text ({error})"
+            what = f"the compressed data is damaged or cut after {self._done} bytes of text: {error}"
             raise FileFault(what, "export or copy it again") from None
         self._done += len(data)
         if self._done > self._limit:

@@ -26,6 +26,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 REFUSED = "refused"
 """Type of the errors of `refuse`."""
 
+REQUIRED = "required, and not given"
+
 
 class Settings(BaseModel):
     """Base of every settings class: frozen, no unknown keys, no NaN, docstrings are the documentation."""
@@ -102,7 +104,12 @@ DATA_PLACES = frozenset({"path", "held_out_path", "decontaminate"})
 
 
 class ReadSettings(Settings):
-    """How the rows of files are read."""
+    """Files, and how their rows are read."""
+
+    path: str | list[str] | None = None
+    """A .jsonl, .json, .csv, .parquet or .arrow file (the first three also .gz or .zst), a folder, a pattern such as
+    `parts/*.jsonl`, a data set of the hub such as `org/name@<commit>`, or a list of them. Relative to the recipe's
+    folder."""
 
     files: str | None = None
     """Which files of a folder or of a data set of the hub: a name, a folder inside it or a pattern with `*`. None: all
@@ -131,23 +138,20 @@ class ReadSettings(Settings):
 class SourceSettings(ReadSettings):
     """One part of a mixture."""
 
-    path: str | list[str]
-    """As `data.path`."""
-
     weight: PositiveFloat | None = None
     """Its share of the mixture, in relation to the weights of the others. All parts have a weight, or none has."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of its rows that are used, chosen by their prompts. Not together with weights."""
 
+    @model_validator(mode="after")
+    def _has_path(self) -> SourceSettings:
+        refuse({} if self.path is not None else {"path": REQUIRED})
+        return self
+
 
 class DataSettings(ReadSettings):
     """Where rows come from and how they are read."""
-
-    path: str | list[str] | None = None
-    """A .jsonl, .json, .csv, .parquet or .arrow file (the first three also .gz or .zst), a folder, a pattern such as
-    `parts/*.jsonl`, a data set of the hub such as `org/name@<commit>`, or a list of them. Relative to the recipe's
-    folder."""
 
     mixture: dict[str, Annotated[SourceSettings, shorthand("path")]] = {}
     """Several sources instead of `path`, `{name: {path: ..., weight: 2}}`, each with its own columns. With weights: as
@@ -178,13 +182,13 @@ class DataSettings(ReadSettings):
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
         if not self.mixture:
-            refuse({} if self.path is not None else {"path": "required, and not given"})
+            refuse({} if self.path is not None else {"path": REQUIRED})
             return self
         problems = {} if self.path is None else {"path": "with `mixture`, the files are named inside it"}
         problems |= {
             name: "with `mixture`, this is set in each of its parts"
             for name, field in ReadSettings.model_fields.items()
-            if getattr(self, name) != field.default and self.held_out_path is None
+            if name != "path" and getattr(self, name) != field.default and self.held_out_path is None
         }
         weighted = [name for name, part in self.mixture.items() if part.weight is not None]
         for name, part in self.mixture.items():
@@ -199,11 +203,7 @@ class DataSettings(ReadSettings):
         """The sources by name; a path alone is one source without a name."""
         if self.mixture:
             return self.mixture
-        return {
-            "": SourceSettings(
-                path=self.path or [], **{name: getattr(self, name) for name in ReadSettings.model_fields}
-            )
-        }
+        return {"": SourceSettings(**{name: getattr(self, name) for name in ReadSettings.model_fields})}
 
 
 Data = Annotated[DataSettings, shorthand("path")]
