@@ -50,7 +50,7 @@ def _compared(
     """The better and the worse answer of every pair, and why some pairs are none. `is_pair`: the file names a
     chosen and a rejected answer."""
     if len(parsed.answers) < 2:
-        yield number, LeftOut("one answer", "there are not two scored answers to its prompt")
+        yield number, LeftOut("one answer", "its prompt has fewer than two scored answers")
         return
     better, ties = pairs(parsed.scores, rule) if parsed.scores else ([(0, 1)], [])
     for a, b in ties:

@@ -81,7 +81,8 @@ def load(settings: DataSettings, role: Role) -> Dataset:
     unused = {name: len(part) - sum(number in part for number in chosen) for name, part in ranges.items()}
     _raise_unused(ranges, unused)
     left_out = train.left_out
-    left_out.extend(held_out.left_out)
+    for other in (held_out, *([evaluated] if evaluated else [])):
+        left_out.extend(other.left_out)
     return Dataset(training, measured, Report(train.files + held_out.files, left_out, unused))
 
 

@@ -215,7 +215,7 @@ ROWS = {
     "nothing to compare": Case(
         "scored.jsonl",
         jsonl(*[{"prompt": prompt, "response": "a", "score": 1} for prompt in "ab"]),
-        ": in all 2 rows, there are not two scored answers",
+        ": in all 2 rows, its prompt has fewer than two",
     ),
 }
 
