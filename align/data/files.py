@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from align.data.canonical import canonical
@@ -81,7 +81,7 @@ class FileRows:
         self.rows = self.kept = self.blank_lines = 0
         faults: set[str] = set()
         num_faults, hint = 0, ""
-        for number, found in self._grouped() if self._is_grouped() else self._plain():
+        for number, found in self._found():
             if isinstance(found, RowFault):
                 num_faults += 1
                 hint = found.hint
@@ -109,8 +109,12 @@ class FileRows:
         used = {mapping.get(name, name) for name in ours}
         return [name for name in self._columns if not any(name in (one, one.split(".")[0]) for one in used)]
 
-    def _is_grouped(self) -> bool:
-        return self.shape is not None and isinstance(self.shape.parse, Grouped)
+    def _found(self) -> Iterator[tuple[int, Keyed | RowFault]]:
+        if self.shape is None:  # no row could be read
+            return ((number, fault) for number, fault in self._raw() if isinstance(fault, RowFault))
+        if isinstance(self.shape.parse, Grouped):
+            return self._grouped(self.shape, self.shape.parse)
+        return self._plain(self.shape, self.shape.parse)
 
     def _raw(self) -> Iterator[tuple[int, RawRow | RowFault]]:
         for number, row in read(self.file.path):
@@ -120,31 +124,25 @@ class FileRows:
             self.rows += 1
             yield number, renamed(row, self._settings) if isinstance(row, dict) else row
 
-    def _plain(self) -> Iterator[tuple[int, Keyed | RowFault]]:
+    def _plain(self, shape: Shape, parse: Callable[[RawRow], Parsed]) -> Iterator[tuple[int, Keyed | RowFault]]:
         for number, row in self._raw():
-            if isinstance(row, RowFault):
-                yield number, row
-                continue
             try:
-                self._check_text_only(row)
-                parsed = self.shape.parse(row)  # type: ignore[union-attr, operator]
-                system = optional_text(row, "system") if "system" in self.shape.optional else None  # type: ignore[union-attr]
+                values = self._checked(row)
+                parsed = parse(values)
+                system = optional_text(values, "system") if "system" in shape.optional else None
             except RowFault as fault:
                 yield number, fault
                 continue
-            yield from self._keyed(parsed, number, system)
+            asked = with_system(parsed.prompt, system)
+            yield from self._keyed(shape, replace(parsed, prompt=asked), number)
 
-    def _grouped(self) -> Iterator[tuple[int, Keyed | RowFault]]:
+    def _grouped(self, shape: Shape, grouped: Grouped) -> Iterator[tuple[int, Keyed | RowFault]]:
         """Rows of a shape whose rows belong together: checked and kept, then put together by their keys."""
-        grouped: Grouped = self.shape.parse  # type: ignore[assignment, union-attr]
         items: Spool[tuple[int, Item]] = Spool(lambda *fields: fields)  # type: ignore[arg-type]
         groups: dict[bytes, array[int]] = {}
         for number, row in self._raw():
             try:
-                if isinstance(row, RowFault):
-                    raise row
-                self._check_text_only(row)
-                key, item = grouped.read(row)
+                key, item = grouped.read(self._checked(row))
             except RowFault as fault:
                 yield number, fault
                 continue
@@ -155,16 +153,19 @@ class FileRows:
                 if isinstance(parsed, RowFault):
                     yield number, parsed
                 else:
-                    yield from self._keyed(parsed, number, None)
+                    yield from self._keyed(shape, parsed, number)
 
-    def _check_text_only(self, row: RawRow) -> None:
+    def _checked(self, row: RawRow | RowFault) -> RawRow:
+        """A row that could be read and holds nothing but text. Raises RowFault."""
+        if isinstance(row, RowFault):
+            raise row
         for name in self._filled:
             if row.get(name) not in NOTHING:
                 raise RowFault("not only text", f"`{name}` is not empty", "align trains on text without it")
+        return row
 
-    def _keyed(self, parsed: Parsed, number: int, system: str | None) -> Iterator[tuple[int, Keyed | RowFault]]:
+    def _keyed(self, shape: Shape, parsed: Parsed, number: int) -> Iterator[tuple[int, Keyed | RowFault]]:
         key = digest(prompt_key(parsed.prompt) if parsed.prompt else text_key(parsed.answers[0]))
-        asked = with_system(parsed.prompt, system or self._settings.system)
-        parsed = Parsed(asked, parsed.answers, parsed.scores, parsed.places)
-        made = canonical(parsed, self.shape, self.role, self._settings.pairs, self.file.name, number)  # type: ignore[arg-type]
-        yield from ((place, row if isinstance(row, RowFault) else Keyed(row, key)) for place, row in made)
+        parsed = replace(parsed, prompt=with_system(parsed.prompt, self._settings.system))
+        for place, row in canonical(parsed, shape, self.role, self._settings.pairs, self.file.name, number):
+            yield place, row if isinstance(row, RowFault) else Keyed(row, key)

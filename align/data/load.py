@@ -41,7 +41,7 @@ class Report:
     """What was found in each file, and why rows were left out."""
 
     files: list[FileReport]
-    skipped: Sequence[Problem]
+    skipped: Sequence[RowProblem]
     unused: dict[str, int]
     """Good rows of each part that the mixture and `max_rows` leave; a path alone is a part without a name."""
 

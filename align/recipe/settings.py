@@ -109,7 +109,7 @@ class ReadSettings(Settings):
     path: str | list[str] | None = None
     """A .jsonl, .json, .csv, .parquet or .arrow file (the first three also .gz or .zst), a folder, a pattern such as
     `parts/*.jsonl`, a data set of the hub such as `org/name@<commit>`, or a list of them. Relative to the recipe's
-    folder."""
+    folder. Required, unless there is a `mixture`."""
 
     files: str | None = None
     """Which files of a folder or of a data set of the hub: a name, a folder inside it or a pattern with `*`. None: all
