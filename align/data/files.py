@@ -18,6 +18,7 @@ from align.data.shapes import Grouped, Item, Parsed, Shape
 from align.data.sources import DataFile
 from align.data.split import digest, prompt_key, text_key
 from align.data.spool import Spool
+from align.data.streams import refuse_change, version
 from align.errors import Problem
 from align.recipe.settings import ReadSettings, Role
 
@@ -70,6 +71,7 @@ class FileRows:
         self.rows = self.kept = self.blank_lines = 0
         self._settings = settings
         self._columns, sample = survey(file.path)
+        self._version = version(file.path)
         self.shape: Shape | None = None
         if self._columns:
             check_mapped(self._columns, settings.columns)
@@ -78,6 +80,7 @@ class FileRows:
         self._filled = [name for name in NOT_TEXT if name in self._columns]
 
     def __iter__(self) -> Iterator[Keyed | RowProblem]:
+        refuse_change(self.file.path, self._version)
         self.rows = self.kept = self.blank_lines = 0
         faults: set[str] = set()
         num_faults, hint = 0, ""

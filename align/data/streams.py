@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +31,18 @@ def data_format(path: Path) -> str:
     return (path.with_suffix("") if compression(path) else path).suffix.lower()
 
 
+def version(path: Path) -> tuple[int, int, int]:
+    """What is different once a file was written to: size, time and number of the file."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
+
+
+def refuse_change(path: Path, before: tuple[int, int, int]) -> None:
+    """Raises FileFault if the file was written to since it had the version `before`."""
+    if version(path) != before:
+        raise FileFault("the file was changed while it was read", "run again when nothing writes to it")
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """The decompressed bytes of a file. Raises FileFault: it is missing, damaged, not what its name says, or changes
@@ -42,16 +53,14 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         raise FileFault("this is not a regular file")
     try:
         with path.open("rb") as raw:
-            before = os.fstat(raw.fileno())
+            before = version(path)
             with _decompressed(path, raw) as stream:
                 yield stream
-            after = path.stat()
+            refuse_change(path, before)
     except FileNotFoundError:
         raise FileFault("there is no such file") from None
     except OSError as error:
         raise FileFault(f"the file cannot be read: {error.strerror or error}") from None
-    if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
-        raise FileFault("the file was changed while it was read", "run again when nothing writes to it")
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from align.data.faults import FileFault
+from align.data.files import FileRows
 from align.data.load import content_hash, load
 from align.data.readers import read
-from align.data.sources import files_of
+from align.data.sources import DataFile, files_of
 from align.data.streams import opened
 from align.errors import DataError
-from align.recipe.settings import DataSettings, Role
+from align.recipe.settings import DataSettings, ReadSettings, Role
 from tests.data.wrong_data import gz, zst
 
 LINE = b'{"prompt": "Hi"}\n'
@@ -113,6 +114,16 @@ def test_a_file_that_changes_while_it_is_read_is_refused() -> None:
     rows = read(Path("a.jsonl"))
     next(rows)
     make("a.jsonl", content=LINE * 4)
+    with pytest.raises(FileFault, match="the file was changed while it was read"):
+        list(rows)
+
+
+def test_a_file_that_changes_between_the_two_passes_is_refused() -> None:
+    """Its shape would be that of other rows."""
+    make("a.jsonl")
+    rows = FileRows(DataFile(Path("a.jsonl"), "a.jsonl"), ReadSettings(), Role.PROMPTS)
+    assert len(list(rows)) == len(list(rows)) == 1
+    make("a.jsonl", content=LINE * 2)
     with pytest.raises(FileFault, match="the file was changed while it was read"):
         list(rows)
 
