@@ -90,7 +90,7 @@ def sampling(order: Order, policy: Opened, seed: int) -> Sampling:
 
 def run(order: Order) -> None:
     """Answers all prompts; the output is written when it is whole. Raises what reading, loading and sampling raise."""
-    prompts: list[Prompt] = load(DataSettings(path=order.prompts, held_out=0.0), Role.PROMPTS).train
+    prompts: Sequence[Prompt] = load(DataSettings(path=order.prompts, held_out=0.0), Role.PROMPTS).train
     console = Console(stderr=True, highlight=False)
     source = Input(**order.policy)
     policy = open_policy(source, "auto")

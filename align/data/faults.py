@@ -16,6 +16,10 @@ class RowFault(Exception):
         self.hint = hint
 
 
+class LeftOut(RowFault):
+    """Nothing is wrong with the row, but it teaches nothing: left out and counted, whatever `on_bad` is."""
+
+
 class FileFault(Exception):
     """The file cannot be used at all; `row` is where that showed, when it showed in a row."""
 
@@ -51,5 +55,7 @@ def type_name(value: object) -> str:
         float: "a number",
         list: "a list",
         dict: "an object",
+        bytes: "binary",
     }
-    return "null" if value is None else words.get(type(value), type(value).__name__)
+    kind = str if isinstance(value, str) else type(value)
+    return "null" if value is None else words.get(kind, kind.__name__)

@@ -1,32 +1,46 @@
-"""One file to canonical rows, each with the key it is split by."""
+"""One file to canonical rows, one at a time, each with the key it is split by."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from align.data.detect import check_mapped, columns_of, detect, renamed
-from align.data.faults import FileFault, RowFault, escaped, quoted
-from align.data.messages import optional_text
-from align.data.readers import READERS, RawRow, Table, read
-from align.data.rows import Demonstration, Document, Preference, Prompt, Row
-from align.data.shapes import Parsed, Shape
-from align.data.split import Keyed, prompt_key, text_key
+from align.data.canonical import canonical
+from align.data.detect import detect
+from align.data.faults import FileFault, LeftOut, RowFault
+from align.data.mapping import check_mapped, renamed, renamed_columns
+from align.data.messages import optional_text, with_system
+from align.data.readers import RawRow, read, survey
+from align.data.rows import Row
+from align.data.shapes import Grouped, Item, Parsed, Shape
+from align.data.sources import DataFile
+from align.data.split import digest, prompt_key, text_key
+from align.data.spool import Spool
+from align.data.streams import refuse_change, version
 from align.errors import Problem
-from align.recipe.nearest import did_you_mean
-from align.recipe.settings import DataSettings, Role
+from align.recipe.settings import ReadSettings, Role
 
-# Sets made by sampling two answers have a few ties, which say nothing about preference. Up to this share of
-# rows they are left out and counted; more of them mean that something is wrong with the file.
-TIES_LEFT_OUT = 0.01
+NOT_TEXT = ("images", "videos", "audios", "tools")
+"""Columns that change what a row says: they may be there, but not be filled."""
+NOTHING = (None, "", "[]", [], {}, "null")
+
+
+class Keyed(NamedTuple):
+    """A row and the key of its prompt."""
+
+    row: Row
+    key: bytes
 
 
 @dataclass(frozen=True)
 class RowProblem(Problem):
-    """A problem of one row; `kind` is what it is counted under."""
+    """Why a row is not there; `kind` is what it is counted under."""
 
     kind: str = ""
+    is_bad: bool = True
+    """Whether it is an error unless `on_bad` is skip; else the row is left out in any case."""
 
 
 @dataclass(frozen=True)
@@ -35,110 +49,126 @@ class FileReport:
 
     name: str
     shape: str
+    data_set: str
+    """The public data set that has this shape, if one does."""
     rows: int
     kept: int
+    """Canonical rows made of them: in most shapes one each."""
     blank_lines: int
     ignored_columns: list[str]
     is_held_out: bool
 
 
-@dataclass(frozen=True)
 class FileRows:
-    """The good rows of a file, its bad rows, and the few ties that are left out whatever `on_bad` says."""
+    """The rows of one file. Making it finds the shape and reads the file once; iterating reads it again.
 
-    rows: list[Keyed]
-    bad: list[RowProblem]
-    ties: list[RowProblem]
-    report: FileReport
+    Both raise FileFault when the file cannot be used at all. What is wrong with a row comes in its place.
+    """
 
+    def __init__(self, file: DataFile, settings: ReadSettings, role: Role):
+        self.file = file
+        self.role = role
+        self.rows = self.kept = self.blank_lines = 0
+        self._settings = settings
+        self._columns, sample = survey(file.path)
+        self._version = version(file.path)
+        self.shape: Shape | None = None
+        if self._columns:
+            check_mapped(self._columns, settings.columns)
+            ours = renamed_columns(self._columns, settings.columns)
+            self.shape = detect(ours, [renamed(row, settings) for row in sample], settings, role)
+        self._filled = [name for name in NOT_TEXT if name in self._columns]
 
-def read_rows(path: Path, settings: DataSettings, role: Role, is_held_out: bool) -> FileRows:
-    """Reads and checks a whole file. Raises FileFault when it cannot be used at all."""
-    name = shown_path(path)
-    table = read(content(path), path.suffix.lower())
-    faults = dict(table.bad)
-    rows: list[Keyed] = []
-    shape_name, ignored = "", []
-    if table.rows:
-        shape, ignored = _shape(table, settings, role)
-        shape_name = shape.name
-        for number, values in table.rows:
+    def __iter__(self) -> Iterator[Keyed | RowProblem]:
+        refuse_change(self.file.path, self._version)
+        self.rows = self.kept = self.blank_lines = 0
+        faults: set[str] = set()
+        num_faults, hint = 0, ""
+        for number, found in self._found():
+            if isinstance(found, RowFault):
+                num_faults += 1
+                hint = found.hint
+                if len(faults) < 2:
+                    faults.add(found.what)
+                where = f"{self.file.name}:{number}"
+                yield RowProblem(where, found.what, found.hint, found.kind, not isinstance(found, LeftOut))
+            else:
+                self.kept += 1
+                yield found
+        if not self.kept and len(faults) == 1 and num_faults == self.rows > 1:
+            raise FileFault(f"in all {self.rows} rows, {faults.pop()}", hint)
+
+    def report(self, is_held_out: bool) -> FileReport:
+        """What was found, once all rows were read."""
+        name, data_set = (self.shape.name, self.shape.data_set) if self.shape else ("", "")
+        return FileReport(
+            self.file.name, name, data_set, self.rows, self.kept, self.blank_lines, self._ignored(), is_held_out
+        )
+
+    def _ignored(self) -> list[str]:
+        """The columns, under their names in the file, that the shape does not read."""
+        mapping = self._settings.columns
+        ours = (*self.shape.columns, *self.shape.optional) if self.shape else ()
+        used = {mapping.get(name, name) for name in ours}
+        return [name for name in self._columns if not any(name in (one, one.split(".")[0]) for one in used)]
+
+    def _found(self) -> Iterator[tuple[int, Keyed | RowFault]]:
+        if self.shape is None:  # no row could be read
+            return ((number, fault) for number, fault in self._raw() if isinstance(fault, RowFault))
+        if isinstance(self.shape.parse, Grouped):
+            return self._grouped(self.shape, self.shape.parse)
+        return self._plain(self.shape, self.shape.parse)
+
+    def _raw(self) -> Iterator[tuple[int, RawRow | RowFault]]:
+        for number, row in read(self.file.path):
+            if row is None:
+                self.blank_lines += 1
+                continue
+            self.rows += 1
+            yield number, renamed(row, self._settings) if isinstance(row, dict) else row
+
+    def _plain(self, shape: Shape, parse: Callable[[RawRow], Parsed]) -> Iterator[tuple[int, Keyed | RowFault]]:
+        for number, row in self._raw():
             try:
-                ours = renamed(values, settings.columns)
-                rows.append(_keyed(ours, shape, settings.system, role, f"{name}:{number}"))
+                values = self._checked(row)
+                parsed = parse(values)
+                system = optional_text(values, "system") if "system" in shape.optional else None
             except RowFault as fault:
-                faults[number] = fault
-    bad = [
-        RowProblem(f"{name}:{number}", fault.what, fault.hint, fault.kind) for number, fault in sorted(faults.items())
-    ]
-    total = len(rows) + len(bad)
-    if not rows and total > 1 and len({problem.what for problem in bad}) == 1:
-        raise FileFault(f"in all {total} rows, {bad[0].what}", bad[0].hint)
-    ties = [problem for problem in bad if problem.kind == "tie"]
-    if len(ties) <= TIES_LEFT_OUT * total:
-        bad = [problem for problem in bad if problem.kind != "tie"]
-    else:
-        ties = []
-    report = FileReport(name, shape_name, total, len(rows), table.blank_lines, ignored, is_held_out)
-    return FileRows(rows, bad, ties, report)
+                yield number, fault
+                continue
+            asked = with_system(parsed.prompt, system)
+            yield from self._keyed(shape, replace(parsed, prompt=asked), number)
 
+    def _grouped(self, shape: Shape, grouped: Grouped) -> Iterator[tuple[int, Keyed | RowFault]]:
+        """Rows of a shape whose rows belong together: checked and kept, then put together by their keys."""
+        items: Spool[tuple[int, Item]] = Spool(lambda *fields: fields)  # type: ignore[arg-type]
+        groups: dict[bytes, array[int]] = {}
+        for number, row in self._raw():
+            try:
+                key, item = grouped.read(self._checked(row))
+            except RowFault as fault:
+                yield number, fault
+                continue
+            groups.setdefault(digest(key), array("q")).append(len(items))
+            items.append((number, item))
+        for positions in groups.values():
+            for number, parsed in grouped.assemble([items[position] for position in positions]):
+                if isinstance(parsed, RowFault):
+                    yield number, parsed
+                else:
+                    yield from self._keyed(shape, parsed, number)
 
-def content(path: Path) -> bytes:
-    """The bytes of a file. Raises FileFault when there is none, with the nearest names there are."""
-    if path.is_dir():
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in READERS)
-        raise FileFault("this is a folder; name its files", f"it has {quoted(inside[:5])}" if inside else "")
-    if path.exists() and not path.is_file():
-        raise FileFault("this is not a regular file")
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise FileFault("there is no such file", _nearest(path)) from None
-    except OSError as error:
-        raise FileFault(f"the file cannot be read: {error.strerror}") from None
+    def _checked(self, row: RawRow | RowFault) -> RawRow:
+        """A row that could be read and holds nothing but text. Raises RowFault."""
+        if isinstance(row, RowFault):
+            raise row
+        for name in self._filled:
+            if row.get(name) not in NOTHING:
+                raise RowFault("not only text", f"`{name}` is not empty", "align trains on text without it")
+        return row
 
-
-def shown_path(path: Path) -> str:
-    """The path as messages name it: relative to the working folder where that is shorter."""
-    return min(os.path.relpath(path), str(path), key=len)
-
-
-def _shape(table: Table, settings: DataSettings, role: Role) -> tuple[Shape, list[str]]:
-    """The file's shape, and the columns (under their names in the file) that it does not use."""
-    mapping = settings.columns
-    theirs = columns_of(values for _, values in table.rows)
-    check_mapped(theirs, mapping)
-    ours = list(renamed(dict.fromkeys(theirs), mapping))
-    shape = detect(ours, mapping, role)
-    used = {mapping.get(name, name) for name in (*shape.columns, *shape.optional)}
-    return shape, [name for name in theirs if name not in used]
-
-
-def _keyed(values: RawRow, shape: Shape, default_system: str | None, role: Role, source: str) -> Keyed:
-    parsed = shape.parse(values)
-    system = optional_text(values, "system") if "system" in shape.optional else None
-    key = prompt_key(parsed.prompt) if parsed.prompt else text_key(parsed.answers[0])
-    return Keyed(_canonical(parsed, role, system or default_system, source), key)
-
-
-def _canonical(parsed: Parsed, role: Role, system: str | None, source: str) -> Row:
-    asked = parsed.prompt
-    if system and asked and asked[0]["role"] != "system":
-        asked = [{"role": "system", "content": system}, *asked]
-    if role is Role.PROMPTS:
-        return Prompt(asked, source)
-    if role is Role.CORPUS:
-        return Document("\n\n".join([*(turn["content"] for turn in asked), *parsed.answers]), source)
-    if role is Role.DEMONSTRATIONS:
-        return Demonstration([*asked, {"role": "assistant", "content": parsed.answers[0]}], source)
-    chosen, rejected = parsed.answers
-    if chosen.strip() == rejected.strip():
-        raise RowFault("tie", "`chosen` and `rejected` are the same", "a tie says nothing about preference: remove it")
-    return Preference(asked, chosen, rejected, source)
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"there is no folder {shown_path(path.parent)}"
-    data_files = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in READERS)
-    return did_you_mean(path.name, map(escaped, data_files)) or "its folder has no data files"
+    def _keyed(self, shape: Shape, parsed: Parsed, number: int) -> Iterator[tuple[int, Keyed | RowFault]]:
+        key = digest(prompt_key(parsed.prompt) if parsed.prompt else text_key(parsed.answers[0]))
+        parsed = replace(parsed, prompt=with_system(parsed.prompt, self._settings.system))
+        for place, row in canonical(parsed, shape, self.role, self._settings.pairs, self.file.name, number):
+            yield place, row if isinstance(row, RowFault) else Keyed(row, key)

@@ -1,73 +1,84 @@
-"""Bytes of a file to numbered rows."""
+"""A file to numbered rows, one at a time."""
 
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any
 
 from align.data.faults import FileFault, RowFault, quoted, type_name
+from align.data.streams import MAGIC, compression, data_format, opened
 from align.data.strict_json import StrictDecoder, place, position, reason, skip_space
 
 RawRow = dict[str, object]
+Numbered = tuple[int, RawRow | RowFault | None]
+"""A row and its number, or what is wrong with it, or None for a blank line."""
+
 BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+MAX_LINE = 4 * 2**20
+"""Bytes of a line: a row that is longer fits no model's context, and would have to fit in memory."""
+SAMPLE = 100
+"""Rows that are looked at for shapes that are told by their values."""
+BATCH = 256
+"""Rows of a columnar file that are in memory at a time."""
 
 
-@dataclass
-class Table:
-    """The rows of a file by number, and what is wrong with those that could not be read."""
-
-    rows: list[tuple[int, RawRow]] = field(default_factory=list)
-    bad: list[tuple[int, RowFault]] = field(default_factory=list)
-    blank_lines: int = 0
+class Cell(str):
+    """A cell of a CSV file: it can only be text, so a number or true and false are read from it."""
 
 
-def read(content: bytes, suffix: str) -> Table:
-    """Reads a file's bytes by the suffix of its name. Raises FileFault when no row can be had from it."""
-    if suffix not in READERS:
-        raise FileFault(f"`{suffix or 'no suffix'}` is not a format align reads", f"wanted {quoted(list(READERS))}")
-    if not content.removeprefix(BOM).strip():
-        raise FileFault("the file has only blank lines" if content else "the file is empty")
-    table = READERS[suffix](content)
-    if not (table.rows or table.bad):
+def read(path: Path) -> Iterator[Numbered]:
+    """The rows of a file by the suffix of its name. Raises FileFault, at the latest where the file turns bad."""
+    suffix = data_format(path)
+    if suffix not in READERS or (compression(path) and suffix not in COMPRESSIBLE):
+        name = "".join(path.suffixes[-2:]) if compression(path) else path.suffix
+        wanted = f"wanted {quoted(list(READERS))}; {quoted(list(COMPRESSIBLE))} also with {quoted(list(MAGIC))}"
+        raise FileFault(f"`{name or 'no suffix'}` is not a format align reads", wanted)
+    with opened(path) as stream:
+        found_row = False
+        for numbered in READERS[suffix](stream):
+            found_row = found_row or numbered[1] is not None
+            yield numbered
+    if not found_row:
         raise FileFault("the file has no rows")
-    return table
 
 
-def read_jsonl(content: bytes) -> Table:
+def survey(path: Path) -> tuple[list[str], list[RawRow]]:
+    """Every column that some row has, in the order of first appearance, and the first rows. Raises FileFault."""
+    rows = (row for _, row in read(path) if isinstance(row, dict))
+    sample = list(islice(rows, SAMPLE))
+    rest = () if data_format(path) in FIXED_COLUMNS else rows
+    return list(dict.fromkeys(name for row in chain(sample, rest) for name in row)), sample
+
+
+def read_jsonl(stream: IO[bytes]) -> Iterator[Numbered]:
     """One object per line. Lines end at \\n only: U+2028 and its like are text."""
-    _refuse_utf16(content)
-    offset = len(BOM) if content.startswith(BOM) else 0
-    lines = content[offset:].split(b"\n")
-    first = next(line.strip() for line in lines if line.strip())
-    if first.startswith(b"["):
-        raise FileFault("the file starts with `[`: it is a JSON array, not one object per line", "rename it to .json")
-    if first == b"{":
-        raise FileFault("objects are spread over several lines", "write each object on one line")
-    table = Table()
     decoder = StrictDecoder()
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                table.rows.append((number, _object(_line(line, offset, decoder))))
-            except RowFault as fault:
-                is_cut = number == len(lines) and fault.kind == "not JSON"
-                table.bad.append((number, _cut(len(line)) if is_cut else fault))
-        elif number < len(lines):
-            table.blank_lines += 1
-        offset += len(line) + 1
-    return table
+    first = True
+    for number, offset, line in _lines(stream):
+        if not line.strip():
+            yield number, None
+            continue
+        if first:
+            _check_jsonl(line.strip())
+            first = False
+        try:
+            yield number, _object(_line(line.removesuffix(b"\n"), offset, decoder))
+        except RowFault as fault:
+            is_cut = not line.endswith(b"\n") and fault.kind == "not JSON"
+            yield number, _cut(len(line)) if is_cut else fault
 
 
-def read_json(content: bytes) -> Table:
-    """One array of objects; rows are numbered from 1."""
-    text = _decoded(content)
+def read_json(stream: IO[bytes]) -> Iterator[Numbered]:
+    """One array of objects; rows are numbered from 1. The text is in memory whole, its rows are not."""
+    text = "".join(line for _, line in _text_lines(stream, longest=sys.maxsize))
     at = skip_space(text, 0)
     if text[at] != "[":
         raise _not_an_array(text, at)
-    table = Table()
     decoder = StrictDecoder()
     at = skip_space(text, at + 1)
     is_open = text[at : at + 1] != "]"
@@ -80,62 +91,128 @@ def read_json(content: bytes) -> Table:
             raise FileFault(f"not JSON at {place(text, position(error, at))}", reason(error), number) from None
         try:
             decoder.check()
-            table.rows.append((number, _object(value)))
+            yield number, _object(value)
         except RowFault as fault:
-            table.bad.append((number, fault))
+            yield number, fault
         at, is_open = _after_item(text, skip_space(text, at), number)
     if text[at + 1 :].strip():
         raise FileFault(f"there is more after the end of the array, at {place(text, at + 1)}")
-    return table
 
 
-def read_csv(content: bytes) -> Table:
+def read_csv(stream: IO[bytes]) -> Iterator[Numbered]:
     """Comma-separated with a header; a row is named by the line it starts on."""
-    text = _decoded(content)
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    table = Table()
+    csv.field_size_limit(MAX_LINE)
+    lines = csv.reader((line for _, line in _text_lines(stream)), strict=True)
     header: list[str] = []
     start = 1
     try:
         for cells in lines:
             number, start = start, lines.line_num + 1
             if not cells:
-                table.blank_lines += 1
+                yield number, None
             elif not header:
                 header = _checked_header(cells)
             elif len(cells) != len(header):
                 what = f"{len(cells)} cells, but the header has {len(header)} columns"
-                table.bad.append((number, RowFault("wrong number of cells", what, "quote cells that hold commas")))
+                yield number, RowFault("wrong number of cells", what, "quote cells that hold commas")
             else:
-                table.rows.append((number, dict(zip(header, cells, strict=True))))
+                yield number, dict(zip(header, map(Cell, cells), strict=True))
     except csv.Error as error:
         raise FileFault(
             f"not CSV: {error}", "quote cells with double quotes, and double a quote in a cell", start
         ) from None
-    return table
 
 
-def read_parquet(content: bytes) -> Table:
+def read_parquet(stream: IO[bytes]) -> Iterator[Numbered]:
     """Any parquet file; rows are numbered from 1."""
-    # Imported here: it costs more than the rest of `align plan`, and most data is JSON.
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-        _refuse_repeats(table.column_names)
-        return Table(rows=list(enumerate(table.to_pylist(), start=1)))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise FileFault(f"not a readable parquet file: {str(error).partition(chr(10))[0]}") from None
+    def batches() -> Iterable[Any]:
+        return pyarrow.parquet.ParquetFile(stream).iter_batches(BATCH)
+
+    return _columnar(batches, "parquet")
 
 
-READERS: dict[str, Callable[[bytes], Table]] = {
+def read_arrow(stream: IO[bytes]) -> Iterator[Numbered]:
+    """An Arrow file, in the stream format (as `datasets` writes them) or the file format; rows are numbered from 1."""
+    import pyarrow
+
+    def batches() -> Iterable[Any]:
+        is_file = stream.read(6) == b"ARROW1"
+        stream.seek(0)
+        if not is_file:
+            return pyarrow.ipc.open_stream(stream)
+        file = pyarrow.ipc.open_file(stream)
+        return (file.get_batch(index) for index in range(file.num_record_batches))
+
+    return _columnar(batches, "Arrow")
+
+
+READERS: dict[str, Callable[[IO[bytes]], Iterator[Numbered]]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
 }
+COMPRESSIBLE = (".jsonl", ".json", ".csv")
+FIXED_COLUMNS = (".csv", ".parquet", ".arrow")
+"""Formats in which every row has every column."""
+
+
+def _columnar(batches: Callable[[], Iterable[Any]], name: str) -> Iterator[Numbered]:
+    # Imported here: it costs more than the rest of `align plan`, and most data is JSON.
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in batches():
+            _refuse_repeats(batch.schema.names)
+            for start in range(0, len(batch), BATCH):
+                for row in batch.slice(start, BATCH).to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise FileFault(f"not a readable {name} file: {str(error).partition(chr(10))[0]}") from None
+
+
+def _lines(stream: IO[bytes], longest: int = MAX_LINE) -> Iterator[tuple[int, int, bytes]]:
+    """Number, offset in the file, and bytes of each line, its newline included. Raises FileFault when there is no
+    text at all, when it is UTF-16, and for a line of over `longest` bytes."""
+    at_once = -1 if longest == sys.maxsize else longest + 1
+    first = stream.readline(at_once)
+    if first.startswith(UTF16_BOMS) or b"\0" in first[:4]:
+        raise FileFault("the file is UTF-16 or UTF-32", "save it as UTF-8")
+    offset = len(BOM) if first.startswith(BOM) else 0
+    is_blank = True
+    for number, line in enumerate(chain([first[offset:]], iter(lambda: stream.readline(at_once), b"")), start=1):
+        if len(line) > longest:
+            raise FileFault(f"the line is over {longest} bytes", "no model reads so long a row: split it", number)
+        is_blank = is_blank and not line.strip()
+        if line:
+            yield number, offset, line
+        offset += len(line)
+    if is_blank:
+        raise FileFault("the file has only blank lines" if first else "the file is empty")
+
+
+def _text_lines(stream: IO[bytes], longest: int = MAX_LINE) -> Iterator[tuple[int, str]]:
+    """Number and text of each line. Raises FileFault for a byte that is not UTF-8."""
+    for number, offset, line in _lines(stream, longest):
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError as error:
+            what = f"byte 0x{line[error.start]:02x} at offset {offset + error.start} (line {number}) is not UTF-8"
+            raise FileFault(what, "save the file as UTF-8") from None
+
+
+def _check_jsonl(first: bytes) -> None:
+    if first.startswith(b"["):
+        raise FileFault("the file starts with `[`: it is a JSON array, not one object per line", "rename it to .json")
+    if b"\r" in first:
+        raise FileFault("its lines end in carriage returns alone", "save it with newlines")
+    if first == b"{":
+        raise FileFault("objects are spread over several lines", "write each object on one line")
 
 
 def _line(line: bytes, offset: int, decoder: StrictDecoder) -> object:
@@ -196,21 +273,6 @@ def _not_an_array(text: str, at: int) -> FileFault:
     inside = [key for key, item in value.items() if isinstance(item, list)] if isinstance(value, dict) else []
     hint = f"; save what is under {quoted(inside[:1])} as the file" if inside else ""
     return FileFault(f"the file is {type_name(value)} at its top level", wanted + hint)
-
-
-def _refuse_utf16(content: bytes) -> None:
-    if content.startswith(UTF16_BOMS) or b"\0" in content[:4]:
-        raise FileFault("the file is UTF-16 or UTF-32", "save it as UTF-8")
-
-
-def _decoded(content: bytes) -> str:
-    _refuse_utf16(content)
-    try:
-        return content.decode().removeprefix(BOM.decode())
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        what = f"byte 0x{content[error.start]:02x} at offset {error.start} (line {line}) is not UTF-8"
-        raise FileFault(what, "save the file as UTF-8") from None
 
 
 def _checked_header(names: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Canonical rows: whatever the shape of a file, a stage gets one of these four.
+"""Canonical rows: whatever the shape of a file, a stage gets one of these five.
 
 Texts are kept byte for byte as they were in the file. `source` is `file.jsonl:12`: the line of a JSONL or CSV
 file, the row of a JSON array or parquet file, counted from 1.
@@ -31,6 +31,16 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """One answer to a prompt, and whether it was judged good."""
+
+    prompt: list[Message]
+    response: str
+    is_good: bool
+    source: str
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A conversation that waits for the assistant."""
 
@@ -46,4 +56,4 @@ class Document:
     source: str
 
 
-Row = Demonstration | Preference | Prompt | Document
+Row = Demonstration | Preference | Judgement | Prompt | Document

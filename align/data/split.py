@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
-from typing import NamedTuple
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 
-from align.data.rows import Message, Row
+from align.data.rows import Message
 from align.records import canonical_json
 
+WIDTH = 16
+"""Bytes of a key: the end of a sha256. No two prompts of any data set share one."""
 
-class Keyed(NamedTuple):
-    """A row and the key of its prompt."""
 
-    row: Row
-    key: str
+class Keys(Sequence[bytes]):
+    """The keys of many rows, without an object for each."""
+
+    def __init__(self, keys: Iterable[bytes] = ()):
+        self._bytes = bytearray().join(keys)
+
+    def append(self, key: bytes) -> None:
+        """Adds a key at the end."""
+        self._bytes += key
+
+    def __len__(self) -> int:
+        return len(self._bytes) // WIDTH
+
+    def __getitem__(self, index):  # type: ignore[override]  # a slice gives keys too
+        numbers = range(len(self))[index]
+        return Keys(map(self._key, numbers)) if isinstance(index, slice) else self._key(numbers)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self._key, range(len(self)))
+
+    def _key(self, number: int) -> bytes:
+        return bytes(self._bytes[number * WIDTH : (number + 1) * WIDTH])
 
 
 def prompt_key(prompt: Sequence[Message]) -> str:
@@ -28,24 +48,33 @@ def text_key(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
-def share(key: str) -> float:
+def digest(key: str) -> bytes:
+    """What stands for a key of any length: the last WIDTH bytes of its sha256."""
+    return hashlib.sha256(key.encode()).digest()[-WIDTH:]
+
+
+def share(key: bytes) -> float:
     """A number in [0, 1) that depends only on the key: its sha256 modulo 2^32, divided by 2^32."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[-4:]) / 2**32
+    return int.from_bytes(key[-4:]) / 2**32
 
 
-def split(rows: Sequence[Keyed], held_out: float) -> tuple[list[Keyed], list[Keyed]]:
-    """Training and held-out rows, each in the order given: a prompt is held out iff `share(key) < held_out`.
+def split(keys: Sequence[bytes], held_out: float) -> tuple[array[int], array[int]]:
+    """Positions of training and held-out rows, each in order: a prompt is held out iff `share(key) < held_out`.
 
     A small file can leave a side empty. Then the prompt nearest to it moves over, so that there is always
     something to train on and, from two prompts on, something to measure on.
     """
-    shares = {row.key: share(row.key) for row in rows}
-    if held_out == 0 or not shares:
-        return list(rows), []
-    by_share = sorted(shares, key=lambda key: (shares[key], key))
-    held = {key for key in by_share if shares[key] < held_out}
-    if len(held) == len(by_share):
-        held.remove(by_share[-1])
-    if not held and len(by_share) > 1:
-        held.add(by_share[0])
-    return [row for row in rows if row.key not in held], [row for row in rows if row.key in held]
+    if held_out == 0 or not len(keys):
+        return array("q", range(len(keys))), array("q")
+    low, high = min(keys, key=_order), max(keys, key=_order)
+    moved_in = low if share(low) >= held_out and low != high else None
+    moved_out = high if share(high) < held_out else None
+    train, held = array("q"), array("q")
+    for position, key in enumerate(keys):
+        is_held = (share(key) < held_out or key == moved_in) and key != moved_out
+        (held if is_held else train).append(position)
+    return train, held
+
+
+def _order(key: bytes) -> tuple[float, bytes]:
+    return share(key), key

@@ -7,15 +7,20 @@ import re
 
 from align.data.faults import RowFault, quoted
 
+LONGEST_INTEGER = 18
+"""Digits that always fit 64 bits; longer numbers become other numbers in most tools."""
+
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class StrictDecoder:
-    """Notices a key given twice, NaN and infinities; one decoder reads one file."""
+    """Notices a key given twice, NaN and infinities, and whole numbers over 64 bits; one decoder reads one file."""
 
     def __init__(self) -> None:
         self._faults: list[RowFault] = []
-        self._decoder = json.JSONDecoder(object_pairs_hook=self._pairs, parse_constant=self._constant)
+        self._decoder = json.JSONDecoder(
+            object_pairs_hook=self._pairs, parse_constant=self._constant, parse_int=self._integer
+        )
 
     def decode(self, text: str, start: int) -> tuple[object, int]:
         """The value that starts at `start` and where it ends. Raises ValueError; `check` raises the rest."""
@@ -39,6 +44,14 @@ class StrictDecoder:
                 RowFault("key given twice", f"the key {quoted([twice])} is given twice", "keep one of them")
             )
         return values
+
+    def _integer(self, digits: str) -> int:
+        if len(digits) > LONGEST_INTEGER:
+            self._faults.append(
+                RowFault("number too long", f"{digits[:24]} does not fit 64 bits", "write it as text, or round it")
+            )
+            return 0
+        return int(digits)
 
     def _constant(self, name: str) -> None:
         self._faults.append(RowFault("not JSON", f"{name} is not a JSON value", "write a number or null"))

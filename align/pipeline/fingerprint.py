@@ -19,11 +19,11 @@ from align.job import Input, Job
 from align.pipeline.external import HashCache, adapter_facts, hub_input, local_input
 from align.pipeline.functions import source_hash
 from align.pipeline.graph import Node, Source
-from align.recipe.settings import DataSettings, RecipeSettings, is_marked
+from align.recipe.settings import DATA_PLACES, DataSettings, ReadSettings, RecipeSettings, is_marked
 from align.records import fingerprint
 
-PLACES = ("path", "held_out_path")
-"""Fields of DataSettings that say where rows lie; the content hash stands for them."""
+PLACES = (*DATA_PLACES, "files")
+"""Settings of data that say where rows lie; the content hash stands for them."""
 
 NOT_ITS_OWN = ("kind", "seed", "data")
 """Settings of a stage that its identity has in a place of their own, with what the recipe says for all stages."""
@@ -114,7 +114,7 @@ def semantic(value: Any, where: str, contents: Contents) -> Any:
 def _fields(settings: BaseModel, where: str, contents: Contents) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, field in type(settings).model_fields.items():
-        if any(is_marked(field, mark) for mark in UNUSED) or (isinstance(settings, DataSettings) and name in PLACES):
+        if any(is_marked(field, mark) for mark in UNUSED) or (isinstance(settings, ReadSettings) and name in PLACES):
             continue
         value, key = getattr(settings, name), f"{where}.{name}"
         fields[name] = semantic(value, key, contents)

@@ -13,7 +13,7 @@ from align.errors import Problem
 from align.recipe.nearest import did_you_mean, nearest
 from align.recipe.overrides import Origins
 from align.recipe.schema import KeyPath, fixed, model_at, nested_in
-from align.recipe.settings import REFUSED, RecipeSettings, Settings
+from align.recipe.settings import REFUSED, REQUIRED, RecipeSettings, Settings
 from align.recipe.trainer_args import RESERVED
 
 _WANTED = {
@@ -83,7 +83,7 @@ def _reason(path: KeyPath, items: list[ErrorDetails], model: type[Settings], pre
     if kind == "extra_forbidden":
         return "no such setting", _suggest(path, model, prefix)
     if kind == "missing":
-        return ("a value is missing here" if isinstance(path[-1], int) else "required, and not given"), ""
+        return ("a value is missing here" if isinstance(path[-1], int) else REQUIRED), ""
     if kind in ("literal_error", "enum"):
         return _choice(given, _choices(model, path), context)
     if kind == "value_error":

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+from glob import has_magic
 from pathlib import Path
 
 from align.recipe.nearest import nearest
 
-_DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz", ".zst")
+_DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".gz", ".zst")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def locate(text: str, base: Path) -> str:
-    """An absolute path if `text` is a local one (it exists in `base`, or looks like a path), else the text
-    itself."""
+    """An absolute path if `text` is a local one (it exists in `base`, or looks like a path or a pattern of paths), else
+    the text itself."""
     path = Path(os.path.normpath(base / Path(text).expanduser()))
-    looks_local = text.startswith((".", "~", "/")) or text.endswith(_DATA_SUFFIXES)
+    looks_local = text.startswith((".", "~", "/")) or text.endswith(_DATA_SUFFIXES) or has_magic(text)
     return str(path) if looks_local or (text and path.exists()) else text
 
 

@@ -18,7 +18,7 @@ from align.recipe.nearest import did_you_mean, nearest
 from align.recipe.overrides import Origins, assign
 from align.recipe.paths import locate, model_reason
 from align.recipe.schema import KeyPath, complete, fixed, model_at, places
-from align.recipe.settings import DataSettings, ModelSettings, RecipeSettings, Settings, is_marked
+from align.recipe.settings import DATA_PLACES, ModelSettings, ReadSettings, RecipeSettings, Settings, is_marked
 from align.recipe.trainer_args import check_trainer_args
 
 if TYPE_CHECKING:  # the pipeline stands above the recipe: its types are known here, its code is not
@@ -114,8 +114,8 @@ class Reading:
     def _locate(self, model: type[Settings], values: Any, prefix: KeyPath, stages: list[str]) -> None:
         """Makes the local paths inside `values` absolute, in place. A source may also be one of the stages."""
         for settings, found, path in places(model, values, prefix):
-            if issubclass(settings, DataSettings):
-                for key in found.keys() & {"path", "held_out_path"}:
+            if issubclass(settings, ReadSettings):
+                for key in found.keys() & DATA_PLACES:
                     found[key] = self._located(found[key], (*path, key))
             elif issubclass(settings, ModelSettings):
                 if isinstance(found.get("path"), str):

@@ -34,6 +34,8 @@ class Nested:
     expand: Callable[[Any], Any]
     by_name: bool = False
     """Whether there are any number of them, under names that the recipe chooses: `dict[str, RewardTerm]`."""
+    expand_each: Callable[[Any], Any] = lambda value: value
+    """How the shorthand of one of them becomes a mapping."""
 
 
 def nested(annotation: Any, metadata: tuple[Any, ...] = ()) -> Nested | None:
@@ -46,7 +48,7 @@ def nested(annotation: Any, metadata: tuple[Any, ...] = ()) -> Nested | None:
     before = next((item.func for item in metadata if isinstance(item, BeforeValidator)), lambda value: value)
     if get_origin(annotation) is dict:
         inner = nested(get_args(annotation)[1])
-        return replace(inner, expand=before, by_name=True) if inner else None
+        return replace(inner, expand=before, by_name=True, expand_each=inner.expand) if inner else None
     if not (isclass(annotation) and issubclass(annotation, Settings)):
         return None
     return Nested(annotation, before)  # type: ignore[arg-type]
@@ -103,8 +105,9 @@ def complete(model: type[Settings], given: Any, default: Settings | None = None)
             continue
         value = inner.expand(given[name])
         if inner.by_name:
-            is_dict = isinstance(value, dict)
-            result[name] = {key: complete(inner.model, item) for key, item in value.items()} if is_dict else value
+            items = value.items() if isinstance(value, dict) else ()
+            each = {key: complete(inner.model, inner.expand_each(item)) for key, item in items}
+            result[name] = each if isinstance(value, dict) else value
             continue
         fallback = getattr(default, name) if default is not None else field.default
         fallback = fallback if isinstance(fallback, inner.model) else None

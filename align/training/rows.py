@@ -23,7 +23,7 @@ def load_rows(settings: DataSettings, role: Role, context: Context) -> Dataset:
     """The rows of a stage. Rows left out are listed in the stage's rejected.jsonl with the reason."""
     dataset = load(settings, role)
     lines = [
-        json.dumps({"where": one.where, "what": one.what, "hint": one.hint}, ensure_ascii=False)
+        json.dumps({"where": one.where, "kind": one.kind, "what": one.what, "hint": one.hint}, ensure_ascii=False)
         for one in dataset.report.skipped
     ]
     if lines:

@@ -213,7 +213,7 @@ def warmup_rollouts(config: Config, models: Models) -> int:
     return 0 if models.critic_is_informed else min(WARMUP_ROLLOUTS, config.rollouts // 10)
 
 
-def training_questions(policy: Opened, prompts: list[Prompt], config: Config) -> tuple[list[Question], int]:
+def training_questions(policy: Opened, prompts: Sequence[Prompt], config: Config) -> tuple[list[Question], int]:
     """Each different prompt that is short enough, and how many are not. Prompts are never cut.
 
     Raises DataError when none is left, ConfigError when prompt and response together exceed the model's context.

@@ -119,7 +119,7 @@ def test_few_ties_are_left_out_and_many_are_an_error() -> None:
 
 def test_max_rows_takes_the_first_after_all_are_checked() -> None:
     data = preferences(path=write("a.jsonl", pairs(50)), max_rows=10)
-    assert {row.source for row in data.train + data.held_out} == {f"a.jsonl:{number}" for number in range(1, 11)}
+    assert {row.source for row in [*data.train, *data.held_out]} == {f"a.jsonl:{number}" for number in range(1, 11)}
     write("a.jsonl", [*pairs(50), {"prompt": "a", "chosen": "b"}])
     assert messages(path="a.jsonl", max_rows=10) == ["a.jsonl:51: `rejected` is missing (there is: prompt, chosen)"]
 

@@ -1,4 +1,4 @@
-"""Every shape of file, worked by hand."""
+"""Every shape that any file may have, worked by hand; those of public data sets are in test_public.py."""
 
 from __future__ import annotations
 
@@ -155,6 +155,25 @@ def test_system_setting_fills_only_prompts_without_one(tmp_path: Path) -> None:
 def test_mapping_names_private_columns(tmp_path: Path) -> None:
     row = {"question": "Name a colour.", "better": "Red.", "worse": "Seven."}
     columns = {"prompt": "question", "chosen": "better", "rejected": "worse"}
+    assert read_one(row, Role.PREFERENCES, tmp_path, columns=columns) == PAIR
+
+
+def test_mapping_names_the_keys_and_roles_of_messages(tmp_path: Path) -> None:
+    turns = [{"speaker": "client", "said": "Name a colour."}, {"speaker": "clerk", "said": "Red."}]
+    columns = {"messages": "turns", "messages.role": "speaker", "messages.content": "said"}
+    roles = {"client": "user", "clerk": "assistant"}
+    row = read_one({"turns": turns}, Role.DEMONSTRATIONS, tmp_path, columns=columns, roles=roles)
+    assert row == Demonstration([*ASK, RED], HERE)
+
+
+def test_mapping_goes_into_objects(tmp_path: Path) -> None:
+    row = {"task": {"text": {"en": "Name a colour."}}, "chosen": "Red.", "rejected": "Seven."}
+    assert read_one(row, Role.PREFERENCES, tmp_path, columns={"prompt": "task.text.en"}) == PAIR
+
+
+def test_mapping_gives_a_private_file_any_shape(tmp_path: Path) -> None:
+    row = {"q": "Name a colour.", "a": "Seven.", "b": "Red.", "vote": 1}
+    columns = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": "vote"}
     assert read_one(row, Role.PREFERENCES, tmp_path, columns=columns) == PAIR
 
 

@@ -12,46 +12,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.data.load import load
-from align.data.rows import Document
-from align.data.split import Keyed, prompt_key, share, split
+from align.data.split import Keys, digest, prompt_key, share, split
 from align.recipe.settings import DataSettings, Role
 
 KEYS = st.lists(st.text(max_size=3), max_size=30)
 SHARES = st.floats(0, 1, exclude_max=True)
 
 
-def rows_of(keys: list[str]) -> list[Keyed]:
-    return [Keyed(Document(key, f"file:{number}"), key) for number, key in enumerate(keys, start=1)]
-
-
-def keys_of(rows: list[Keyed]) -> set[str]:
-    return {row.key for row in rows}
+def sides(keys: list[str], held_out: float) -> tuple[list[str], list[str]]:
+    """Keys of the training and of the held-out rows."""
+    train, held = split(Keys(map(digest, keys)), held_out)
+    return [keys[position] for position in train], [keys[position] for position in held]
 
 
 def test_share_is_the_hash_modulo_two_to_the_32() -> None:
-    assert share("a") == int(hashlib.sha256(b"a").hexdigest(), 16) % 2**32 / 2**32
+    assert share(digest("a")) == int(hashlib.sha256(b"a").hexdigest(), 16) % 2**32 / 2**32
 
 
 @given(KEYS, SHARES, st.randoms())
 def test_split_is_a_partition_by_key_that_order_does_not_change(
     keys: list[str], held_out: float, order: random.Random
 ) -> None:
-    rows = rows_of(keys)
-    train, held = split(rows, held_out)
-    assert not keys_of(train) & keys_of(held)
-    assert train == [row for row in rows if row.key in keys_of(train)]
-    assert held == [row for row in rows if row.key not in keys_of(train)]
-    shuffled = order.sample(rows, len(rows))
-    assert [keys_of(side) for side in split(shuffled, held_out)] == [keys_of(train), keys_of(held)]
+    train, held = sides(keys, held_out)
+    assert not set(train) & set(held)
+    assert train == [key for key in keys if key in train]
+    assert held == [key for key in keys if key not in train]
+    shuffled = order.sample(keys, len(keys))
+    assert [set(side) for side in sides(shuffled, held_out)] == [set(train), set(held)]
 
 
 @given(KEYS, SHARES)
 def test_no_side_is_empty_without_need(keys: list[str], held_out: float) -> None:
-    train, held = split(rows_of(keys), held_out)
+    train, held = sides(keys, held_out)
     assert bool(train) == bool(keys)
     assert bool(held) == (len(set(keys)) > 1 and held_out > 0)
-    by_rule = {key for key in keys if share(key) < held_out}
-    assert len(by_rule ^ keys_of(held)) <= 1
+    by_rule = {key for key in keys if share(digest(key)) < held_out}
+    assert len(by_rule ^ set(held)) <= 1
 
 
 def test_prompt_key_ignores_system_space_and_unicode_form() -> None:

@@ -64,6 +64,17 @@ def test_what_can_change_the_result_changes_the_fingerprint(here: Path, override
     assert changes(before.identity, after.identity, sources)[0].startswith(reason)
 
 
+def test_a_mixture_counts_by_content_and_weights(here: Path) -> None:
+    """Where its files lie, and which of a folder were chosen by `files`, does not count; its weights do."""
+    (here / "folder").mkdir()
+    (here / "folder" / "copy.jsonl").write_bytes((here / "rows.jsonl").read_bytes())
+    parts = "{{mixture: {{a: {{{}, weight: {}}}, b: {{path: other.jsonl, weight: 1}}}}}}"
+    before = job("data=" + parts.format("path: rows.jsonl", 2))
+    assert job("data=" + parts.format("path: folder, files: copy.jsonl", 2)).fingerprint == before.fingerprint
+    after = job("data=" + parts.format("path: rows.jsonl", 3))
+    assert changes(before.identity, after.identity, {}) == ["data.mixture.a.weight: 2.0 -> 3.0"]
+
+
 def test_a_new_version_of_the_stage_changes_the_fingerprint(here: Path) -> None:
     newer = {**SPECS, "sft": dataclasses.replace(SPECS["sft"], version=2)}
     before, after = job(), job(specs=newer)

@@ -272,3 +272,13 @@ def test_a_file_outside_the_current_folder_is_named_in_full(tmp_path_factory):
     path.write_text("sed: 1\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=f"^{path}:1: sed: "):
         load_recipe(path, specs=SPECS)
+
+
+def test_the_parts_of_a_mixture_start_from_the_files_folder(folder):
+    """Paths, shorthands, patterns and overrides work inside a mixture; data sets of the hub stay as they are."""
+    text = "sft:\n  data:\n    mixture: {a: a.jsonl, b: {path: [b/*, org/name@main]}}\n    decontaminate: test.csv.gz\n"
+    data = config(load(text, "sft.data.mixture.a.fraction=0.5"), "sft").data
+    assert data.mixture["a"].path == str(folder / "recipes" / "a.jsonl")
+    assert data.mixture["a"].fraction == 0.5
+    assert data.mixture["b"].path == [str(folder / "recipes" / "b/*"), "org/name@main"]
+    assert data.decontaminate == str(folder / "recipes" / "test.csv.gz")
