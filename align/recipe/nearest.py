@@ -7,10 +7,13 @@ from difflib import get_close_matches
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
-    """The option most like `name`, or None when none is like it."""
+    """The option most like `name`, or None when none is like it. Of several that are like it, one with more of its
+    words: `max_new_tokens` is rather `max_response_tokens` than `max_staleness`."""
     by_lower = {option.lower(): option for option in options}
-    matches = get_close_matches(name.lower(), by_lower, n=1)
-    return by_lower[matches[0]] if matches else None
+    words = set(name.lower().split("_"))
+    matches = get_close_matches(name.lower(), by_lower)  # the most alike first, which `max` keeps among equals
+    best = max(matches, key=lambda match: len(words.intersection(match.split("_"))), default=None)
+    return None if best is None else by_lower[best]
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -65,7 +65,7 @@ class Config(Settings):
 
 SPEC = StageSpec(
     kind="base",
-    version=1,
+    version=2,
     summary="make a small model and its tokenizer from scratch",
     config=Config,
     output=Kind.POLICY,

@@ -43,7 +43,7 @@ class Config(TrainingSettings):
 
 SPEC = StageSpec(
     kind="dpo",
-    version=1,
+    version=2,
     summary="direct preference optimisation from preference pairs",
     config=Config,
     output=Kind.POLICY,

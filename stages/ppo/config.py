@@ -503,7 +503,7 @@ class GrpoConfig(Config):
 def _spec(kind: str, summary: str, config: type[Config]) -> StageSpec:
     return StageSpec(
         kind=kind,
-        version=2 if kind == "ppo" else 1,
+        version=3 if kind == "ppo" else 2,
         summary=summary,
         config=config,
         output=Kind.POLICY,

@@ -47,7 +47,7 @@ class Config(TrainingSettings):
 
 SPEC = StageSpec(
     kind="reward",
-    version=1,
+    version=2,
     summary="reward model from preference pairs",
     config=Config,
     output=Kind.REWARD,

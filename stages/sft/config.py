@@ -30,7 +30,7 @@ class Config(TrainingSettings):
 
 SPEC = StageSpec(
     kind="sft",
-    version=1,
+    version=2,
     summary="supervised fine-tuning on demonstrations",
     config=Config,
     output=Kind.POLICY,
