@@ -43,63 +43,69 @@ MEANING = {
 ONE_UPDATE = {"ppo.rollouts": 1, "ppo.epochs": 1, "ppo.minibatches": 1, "ppo.micro_batch_size": 128}
 MIB = 2**20
 
+CASES = {
+    "The demo's vocabulary": {},
+    "A vocabulary of 32,768": {
+        "base.embeddings": 32768,
+        "base.steps": 50,
+        "sft.epochs": 1,
+        "reward.epochs": 1,
+        "ppo.rollouts": 8,
+    },
+}
+"""What is measured, with what differs from the recipe. The second has the rows that the embedding of a published model
+has at least; its policy is trained for less long, because that takes long."""
+
 PAGE = """# ppo against TRL's PPO
 
 Made by `python benchmarks/ppo.py{options}` on {date}. Everything on this page was measured in that call.
 
-## Result
-`align` makes **{ratio:.2f}** times as many samples per second as `trl.experimental.ppo.PPOTrainer` of TRL {trl}, the
-last version that has it: median of {repeats} pairs of runs, {low:.2f} to {high:.2f}. A sample is a response, from its
-prompt to the update.
+`align` against `trl.experimental.ppo.PPOTrainer` of TRL {trl}, the last version that has it, with a tiny model on a CPU
+of {cores} cores. Samples per second, a sample being a response, from its prompt to the update:
 
-{speed}
+{summary}
 
-Both sampled answers that end by themselves, of {ours_length:.1f} tokens on average (TRL {trl_length:.1f}).
+The demo's model is so small, and so are its batches, that TRL itself is not far above the floor: nothing could be many
+times as fast there with the same arithmetic. Logits are what most of the work of a small model with a usual vocabulary
+is about, and most of them are of no use to anyone: of prompts, of padding, of tokens past the end.
 
-## Where the time goes
-Seconds per rollout, median over the runs of each run's mean. The floor is what the same work needs at least at the
+{sections}
+
+## What the numbers are
+Seconds are per rollout, median over the runs of each run's mean. The floor is what the same work needs at least at the
 speed that this machine reached in the same call: {gflops:.0f} GFLOP/s in a product of two float32 matrices of
-1024 x 1024, {bandwidth:.1f} GB/s in a sum over main memory, both on one thread (`benchmarks/floors.py`). What fits a
-cache can be read faster than that.
-
-{phases}
+1024 x 1024, {bandwidth:.1f} GB/s in a sum over main memory, both on {threads} threads (`benchmarks/floors.py`). What
+fits a cache can be read faster than that.
 
 {meaning}
 
 TRL's loop is timed from outside, by wrapping the functions that it calls. Its policy's log-probabilities come with the
-sampling, where it keeps all scores, so its `observe` is one pass shorter.
-
-## Memory
-{memory}
-
-The most that each process ever held resident, Python and its libraries included; ours also loads the model that it
-saved once more, for the hand-over check.
+sampling, where it keeps all scores, so its `observe` is one pass shorter. Memory is the most that a process ever held
+resident, Python and its libraries included; ours also loads the model that it saved once more, for the hand-over check.
 
 ## The same work
-The demo's model ({parameters:.2f} million parameters, float32), its SFT policy and its reward model, made once; the
-same prompts in the same order, {rows} per rollout; at most {cap} response tokens at temperature {temperature:g};
-{epochs} epochs of {minibatches} minibatches, each one pass; {rollouts} rollouts a run, the first {skipped} not counted.
-Learning rates {rate:g}, constant, AdamW with eps {eps:g} and without weight decay; KL coefficient {kl:g} (k1, in the
-reward); the critic starts as the reward model. `benchmarks/ppo.yaml` has all of it.
+The demo's model ({parameters:.2f} million parameters, float32; in the second case with more rows of the embedding), its
+SFT policy and its reward model, made once; the same prompts in the same order, {rows} per rollout; at most {cap}
+response tokens at temperature {temperature:g}; {epochs} epochs of {minibatches} minibatches, each one pass; the first
+{skipped} rollouts of a run not counted. Learning rates {rate:g}, constant, AdamW (fused) with eps {eps:g} and without
+weight decay; KL coefficient {kl:g} (k1, in the reward); the critic starts as the reward model. `benchmarks/ppo.yaml`
+has all of it.
 
 What differs is each side's own:
 
-- TRL's AdamW is torch's fused one. Ours is not.
 - TRL does not clip gradients; ours still computes their norms, against a limit that is never reached.
 - TRL puts the score one token past the end, on padding, and trains the critic there as well.
-- TRL computes logits at all places, prompts included; we only where a response token is chosen, and in the backward
-  pass once more, so that they are never all in memory.
+- TRL computes padding, and logits at all places, prompts included; we compute neither the padding nor logits that are
+  not of a response token.
+- In sampling, rows that have ended stay in TRL's batch and leave ours.
 
-Before anything was timed, both had to agree on what they define alike:
-
-{gate}
-
-Log-probabilities, values and scores are those of the same {probes} responses, each by its side's own code. The first
-update is that of a run of one rollout with one epoch of one minibatch, on each side's own samples.
+Before anything was timed, both had to agree on what they define alike: log-probabilities, values and scores of the same
+responses, each by its side's own code, and the first update of a run of one rollout with one epoch of one minibatch, on
+each side's own samples.
 
 ## Machine
-{cpu}, {cores} cores; one thread each (`OMP_NUM_THREADS=1`), one process at a time. A pair during
-which other processes used more than {quiet:g} cores does not count; {disturbed} did not.
+{cpu}, {cores} cores; {threads} threads each (`OMP_NUM_THREADS={threads}`), one process at a time. A pair during which
+other processes used more than {quiet:g} cores does not count.
 
 - align: {our_versions}; rollouts by {engine}
 - TRL: {trl_versions}
@@ -109,6 +115,18 @@ which other processes used more than {quiet:g} cores does not count; {disturbed}
 
 The environment of TRL is made on the first call: `pip install {torch}`, then `pip install {packages}`.
 """
+
+SECTION = """## {name}
+{parameters:.2f} million parameters. Both sampled answers that end by themselves, of {ours_length:.1f} tokens on average
+(TRL {trl_length:.1f}).
+
+{speed}
+
+{phases}
+
+{gate}
+
+{disturbed} pairs did not count."""
 
 
 @dataclass(frozen=True)
@@ -230,12 +248,6 @@ def phase_rows(mine: Sequence[Measured], other: Sequence[Measured], floor: dict[
     return rows
 
 
-def memory_rows(mine: Sequence[Measured], other: Sequence[Measured]) -> list[list[str]]:
-    """side, peak."""
-    sides = (("align", mine), ("TRL", other))
-    return [[name, f"{max(measured.peak for measured in side) / MIB:.0f}"] for name, side in sides]
-
-
 def floor_of(stage: Finished, shape: Shape, task: Path, mine: Sequence[Measured], machine: Machine) -> dict[str, float]:
     """Seconds of each phase of our runs at least, and in all."""
     prompts, config = json.loads(task.read_text(encoding="utf-8"))["prompts"], stage.record["config"]
@@ -246,43 +258,48 @@ def floor_of(stage: Finished, shape: Shape, task: Path, mine: Sequence[Measured]
     return {**found, "total": sum(found.values())}
 
 
-def results(facts: dict[str, Any]) -> dict[str, Any]:
-    """What was measured, for the page."""
-    mine, other, machine = facts["mine"], facts["other"], facts["machine"]
+def summary_row(name: str, facts: dict[str, Any]) -> list[str]:
+    """case, ratio, its range, pairs, peaks."""
+    mine, other = facts["mine"], facts["other"]
     ratios = [one.speed / two.speed for one, two in zip(mine, other, strict=True)]
+    peaks = [f"{max(measured.peak for measured in side) / MIB:.0f}" for side in (mine, other)]
+    found = [f"**{median(ratios):.2f}**", f"{min(ratios):.2f} to {max(ratios):.2f}", str(len(ratios))]
+    return [name, *found, *peaks]
+
+
+def section(name: str, facts: dict[str, Any]) -> str:
+    """The tables of a case."""
+    mine, other = facts["mine"], facts["other"]
     speeds = ("pair", "align, samples/s", "TRL, samples/s", "align, tokens/s", "TRL, tokens/s", "ratio")
     phases = ("phase", "align", "TRL", "TRL / align", "floor", "align / floor")
-    return {
-        "ratio": median(ratios),
-        "low": min(ratios),
-        "high": max(ratios),
-        "repeats": len(ratios),
-        "speed": table(speeds, speed_rows(mine, other)),
-        "ours_length": mean(one.length for one in mine),
-        "trl_length": mean(one.length for one in other),
-        "gflops": machine.operations / 1e9,
-        "bandwidth": machine.bandwidth / 1e9,
-        "phases": table(phases, phase_rows(mine, other, facts["floor"])),
-        "memory": table(("", "peak, MiB"), memory_rows(mine, other)),
-        "gate": table(("what", "largest difference", "allowed"), facts["gate"]),
-        "probes": facts["probes"],
-        "disturbed": len(facts["disturbed"]),
-        "quiet": QUIET,
-        "rows": mine[0].rows,
-    }
+    return SECTION.format(
+        name=name,
+        parameters=parameters(facts),
+        ours_length=mean(one.length for one in mine),
+        trl_length=mean(one.length for one in other),
+        speed=table(speeds, speed_rows(mine, other)),
+        phases=table(phases, phase_rows(mine, other, facts["floor"])),
+        gate=table((f"of {facts['probes']} responses", "largest difference", "allowed"), facts["gate"]),
+        disturbed=len(facts["disturbed"]) or "No",
+    )
+
+
+def parameters(facts: dict[str, Any]) -> float:
+    """Of the policy, in millions."""
+    return facts["stages"]["base"].record["metrics"]["parameters"] / 1e6
 
 
 def setting(stages: dict[str, Finished]) -> dict[str, Any]:
     """What was done, for the page."""
     record = stages["ppo"].record
     config, versions = record["config"], record["versions"]
+    rollout = config["rollout"]
     return {
-        "parameters": stages["base"].record["metrics"]["parameters"] / 1e6,
-        "cap": config["rollout"]["max_response_tokens"],
-        "temperature": config["rollout"]["temperature"],
+        "cap": rollout["max_response_tokens"],
+        "temperature": rollout["temperature"],
+        "rows": rollout["prompts"] * rollout["responses_per_prompt"],
         "epochs": config["epochs"],
         "minibatches": config["minibatches"],
-        "rollouts": config["rollouts"],
         "skipped": SKIPPED,
         "rate": config["optim"]["lr"],
         "eps": config["optim"]["eps"],
@@ -291,19 +308,27 @@ def setting(stages: dict[str, Finished]) -> dict[str, Any]:
     }
 
 
-def page(engine: str, facts: dict[str, Any]) -> str:
+def page(arguments: argparse.Namespace, machine: Machine, cases: dict[str, dict[str, Any]]) -> str:
     """The text of docs/benchmark_ppo.md."""
+    columns = ("model", "align / TRL", "range", "pairs", "align, peak MiB", "TRL, peak MiB")
+    first = next(iter(cases.values()))
     return PAGE.format(
-        **results(facts),
-        **setting(facts["stages"]),
-        options="" if engine == "transformers" else f" --engine {engine}",
+        **setting(first["stages"]),
+        summary=table(columns, [summary_row(name, facts) for name, facts in cases.items()]),
+        sections="\n\n".join(section(name, facts) for name, facts in cases.items()),
+        parameters=parameters(first),
+        gflops=machine.operations / 1e9,
+        bandwidth=machine.bandwidth / 1e9,
+        threads=arguments.threads,
+        options="".join(f" {option}" for option in sys.argv[1:]),
         date=datetime.now(UTC).date().isoformat(),
         meaning="\n".join(f"- *{name}*: {what}" for name, what in MEANING.items()),
         cpu=processor(),
         cores=os.cpu_count(),
-        trl=facts["versions"]["trl"],
-        trl_versions=listed(facts["versions"]),
-        engine=engine,
+        quiet=QUIET,
+        trl=first["versions"]["trl"],
+        trl_versions=listed(first["versions"]),
+        engine=arguments.engine,
         torch=TORCH,
         packages=" ".join(TRL),
     )
@@ -331,23 +356,30 @@ def their_run(result: dict[str, Any], rows: int) -> Measured:
     return measured(result["rows"], "", "response_length", rows, result["peak_memory"])
 
 
+def case(settings: dict[str, Any], repeats: int, machine: Machine) -> dict[str, Any]:
+    """Everything about a case: gate, runs in turns, floors."""
+    facts: dict[str, Any] = {}
+    facts["gate"], facts["probes"] = gate(settings)
+    facts |= in_turns(repeats, settings)
+    stages = facts["stages"]
+    config = json.loads((stages["base"].folder / "model" / "config.json").read_text(encoding="utf-8"))
+    facts["floor"] = floor_of(stages["ppo"], Shape.of(config), facts["task"], facts["mine"], machine)
+    return facts
+
+
 def main() -> None:
-    """Gate, runs in turns, page."""
+    """All cases, then the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", default="transformers", help="rollout.engine of align")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs that count")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side")
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    facts: dict[str, Any] = {}
-    settings = {"ppo.rollout.engine": arguments.engine}
-    facts["gate"], facts["probes"] = gate(settings)
-    facts["machine"] = calibrate()
-    facts |= in_turns(arguments.repeats, settings)
-    stages = facts["stages"]
-    config = json.loads((stages["base"].folder / "model" / "config.json").read_text(encoding="utf-8"))
-    facts["floor"] = floor_of(stages["ppo"], Shape.of(config), facts["task"], facts["mine"], facts["machine"])
-    save_page("benchmark_ppo", page(arguments.engine, facts))
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    machine = calibrate()
+    engine = {"ppo.rollout.engine": arguments.engine}
+    cases = {name: case({**changes, **engine}, arguments.repeats, machine) for name, changes in CASES.items()}
+    save_page("benchmark_ppo", page(arguments, machine, cases))
 
 
 if __name__ == "__main__":
