@@ -123,7 +123,7 @@ class StopAfter:
         self.engine.sync()
 
     def rest(self) -> None:
-        """Nothing to do."""
+        self.engine.rest()
 
 
 class OwnWeights:
@@ -134,16 +134,18 @@ class OwnWeights:
     def __init__(self, engine: TransformersEngine, context: Context):
         self.source = engine.model
         self.engine = TransformersEngine(type(engine.model)(engine.model.config), engine.batch_size)
-        self.sync()
+        self.calls: list[str] = []
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
+        self.calls.append("generate")
         return self.engine.generate(prompts, sampling)
 
     def sync(self) -> None:
+        self.calls.append("sync")
         self.engine.model.load_state_dict(self.source.state_dict())
 
     def rest(self) -> None:
-        """Nothing to do."""
+        self.calls.append("rest")
 
 
 def stop_after(calls: int) -> Wrap:
@@ -255,6 +257,13 @@ def test_a_run_counts_and_learns(straight, tiny, tmp_path):
     start = make_loop(tiny, tmp_path)
     before = dict(start.trainer.actor.named_parameters())
     assert all(not torch.equal(before[name], now) for name, now in straight.trainer.actor.named_parameters())
+
+
+def test_the_engine_rests_after_it_has_sampled(tiny, tmp_path):
+    """In every rollout: weights, responses, rest. What scores and learns comes after."""
+    loop = make_loop(tiny, tmp_path, wrap=OwnWeights)
+    loop.run()
+    assert isinstance(loop.engine, OwnWeights) and loop.engine.calls == ["sync", "generate", "rest"] * 4
 
 
 @pytest.mark.parametrize("rollouts", [1, 2, 3])
