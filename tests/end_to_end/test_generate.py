@@ -10,7 +10,9 @@ PROMPTS = 120
 
 
 def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Lines end with a newline and nothing else: a response may hold what Unicode calls a line break."""
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in lines]
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
