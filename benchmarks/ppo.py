@@ -65,9 +65,9 @@ of {cores} cores. Samples per second, a sample being a response, from its prompt
 
 {summary}
 
-The demo's model is so small, and so are its batches, that TRL itself is not far above the floor: nothing could be many
-times as fast there with the same arithmetic. Logits are what most of the work of a small model with a usual vocabulary
-is about, and most of them are of no use to anyone: of prompts, of padding, of tokens past the end.
+With the demo's vocabulary most of the work is the body's, which both have to do. Logits are most of the work of a small
+model with a usual vocabulary, and many of those that TRL computes are of no use: of prompts, of padding, of tokens past
+the end.
 
 {sections}
 
@@ -126,7 +126,7 @@ SECTION = """## {name}
 
 {gate}
 
-{disturbed} pairs did not count."""
+Pairs that did not count: {disturbed}."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def section(name: str, facts: dict[str, Any]) -> str:
         speed=table(speeds, speed_rows(mine, other)),
         phases=table(phases, phase_rows(mine, other, facts["floor"])),
         gate=table((f"of {facts['probes']} responses", "largest difference", "allowed"), facts["gate"]),
-        disturbed=len(facts["disturbed"]) or "No",
+        disturbed=len(facts["disturbed"]) or "none",
     )
 
 
