@@ -8,18 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 
 from align.errors import ConfigError
-
-CACHE_BLOCK = 128
-"""Tokens for which vLLM reserves memory at a time on a CPU; fewer on a GPU."""
-
-PROMPT_TOKENS = 4096
-"""Tokens of prompts that vLLM reads in a step on a CPU."""
 
 
 class CannotRun(ConfigError):
@@ -50,6 +43,19 @@ class Samples:
     finished: torch.Tensor
     logprobs: torch.Tensor | None = None
     """(B, T) float32: the engine's own log-probabilities of the tokens, where it gives them."""
+
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]],
+        finished: Sequence[bool],
+        pad_id: int,
+    ) -> Samples:
+        """From lists, one for each response."""
+        lengths = torch.tensor([len(row) for row in ids])
+        tokens, chosen = right_pad(ids, pad_id, torch.long), right_pad(logprobs, 0.0, torch.float32)
+        return cls(tokens, lengths, torch.tensor(finished), chosen)
 
     def rows(self) -> list[list[int]]:
         """The valid ids of each response."""
@@ -90,31 +96,6 @@ class RolloutEngine(Protocol):
         ...
 
 
-def group_repeats(prompts: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], int]]:
-    """Each run of equal prompts as one of them and how many there are."""
-    return [(ids, len(list(run))) for ids, run in groupby(prompts)]
-
-
-def cache_bytes(config: Any, dtype: torch.dtype, max_length: int, max_sequences: int) -> int:
-    """Bytes of keys and values of so many sequences: 2 x layers x key-value heads x their size for each token, and
-    memory for whole blocks of tokens."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    tokens = -(-max_length // CACHE_BLOCK) * CACHE_BLOCK * max_sequences
-    return tokens * 2 * text.num_hidden_layers * heads * size * dtype.itemsize
-
-
-def cpu_options(max_length: int) -> dict[str, Any]:
-    """What vLLM is told on a CPU. Compiling a model takes half a minute. And prompts are read whole: for one that is
-    read in parts vLLM rewinds the request's random generator, which only CUDA's can."""
-    return {
-        "enforce_eager": True,
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(max_length, PROMPT_TOKENS),
-    }
-
-
 def request_seed(seed: int, number: int) -> int:
     """A seed for each request: far apart, because vLLM counts on from it for further samples of one prompt."""
     return int.from_bytes(blake2b(f"{seed} {number}".encode(), digest_size=7).digest())
@@ -131,3 +112,9 @@ def left_pad(
         ids[index, width - len(row) :] = torch.tensor(list(row))
         mask[index, width - len(row) :] = 1
     return ids.to(device), mask.to(device)
+
+
+def right_pad(rows: Sequence[Sequence[Any]], fill: Any, dtype: torch.dtype) -> torch.Tensor:
+    """(B,T) of rows that are filled up on the right; (0,0) of none."""
+    width = max(map(len, rows), default=0)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype).view(len(rows), width)

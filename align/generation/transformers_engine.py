@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from align.errors import ConfigError, NumericError
 from align.generation.engine import Samples, Sampling, left_pad, request_seed
 from align.models.lora import without_wrapper
+from align.training.logprobs import position_ids
 
 
 class TransformersEngine:
@@ -28,10 +29,11 @@ class TransformersEngine:
 
     def __init__(self, model: Any, batch_size: int = 64):
         self.model, self.batch_size = model, batch_size
-        self._takes = set(inspect.signature(without_wrapper(model).forward).parameters)
+        inner = without_wrapper(model)
+        self._takes = set(inspect.signature(inner.forward).parameters)
         if "past_key_values" not in self._takes:
             raise ConfigError(
-                f"{type(without_wrapper(model)).__name__} has no key-value cache that transformers could sample with; "
+                f"{type(inner).__name__} has no key-value cache that transformers could sample with; "
                 "use rollout.engine=vllm"
             )
 
@@ -97,8 +99,7 @@ class TransformersEngine:
 
     def _logits(self, new: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         """float32 logits (B,V) of the token after the last of `new`; the mask (B,L) is of all tokens so far."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        arguments = {"position_ids": positions, "logits_to_keep": 1}
+        arguments = {"position_ids": position_ids(mask)[:, -new.shape[1] :], "logits_to_keep": 1}
         known = {name: value for name, value in arguments.items() if name in self._takes}
         output = self.model(input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True, **known)
         return output.logits[:, -1].float()

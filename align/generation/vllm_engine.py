@@ -14,11 +14,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from align.errors import RolloutError
-from align.generation.engine import CannotRun, Samples, Sampling, cache_bytes, cpu_options, group_repeats, request_seed
+from align.generation.engine import CannotRun, Samples, Sampling
 from align.generation.rest import NONE, Call, choose_rest
+from align.generation.vllm_options import engine_options, group_repeats, sampling_options
 from align.generation.weights import HandOver
 
 # Read by vLLM at its import. In this process: a policy cannot share its weights with another one.
@@ -60,29 +61,21 @@ class VllmEngine:
 
         Raises CannotRun when vLLM cannot hold the model, ConfigError when it cannot sleep as asked.
         """
-        on_gpu = torch.cuda.is_available()
         can_sleep = current_platform.is_sleep_mode_available() and current_platform.is_cumem_allocator_available()
-        options: dict[str, Any] = {} if on_gpu else cpu_options(max_length)
-        options["enable_sleep_mode"] = choose_rest(sleep, can_sleep=can_sleep) is not NONE
-        if on_gpu and kv_cache_bytes is None:
-            options["gpu_memory_utilization"] = gpu_memory
-        else:
-            needed = cache_bytes(policy.config, dtype, max_length, max_sequences)
-            options["kv_cache_memory_bytes"] = kv_cache_bytes or needed
+        sleeps = choose_rest(sleep, can_sleep=can_sleep) is not NONE
+        options = engine_options(
+            folder,
+            policy.config,
+            dtype=dtype,
+            max_length=max_length,
+            max_sequences=max_sequences,
+            kv_cache_bytes=kv_cache_bytes,
+            gpu_memory=gpu_memory,
+            seed=seed,
+        )
         try:
             with _plain_weights():
-                self.llm = LLM(
-                    str(folder),
-                    skip_tokenizer_init=True,
-                    load_format="dummy",  # a weight that is not handed over is random, and cannot go unnoticed
-                    dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
-                    generation_config="vllm",
-                    logprobs_mode="processed_logprobs",  # of the distribution that was sampled, after temperature
-                    max_model_len=max_length,
-                    max_num_seqs=max_sequences,
-                    seed=seed,
-                    **options,
-                )
+                self.llm = LLM(**options, skip_tokenizer_init=True, enable_sleep_mode=sleeps)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise _cannot_run(folder, error) from error
         model = self._model()
@@ -116,17 +109,7 @@ class VllmEngine:
             self._wake(self.resting.loses_weights)
         groups = group_repeats(prompts)
         settings = [
-            SamplingParams(
-                n=count,
-                temperature=sampling.temperature,
-                max_tokens=sampling.max_tokens,
-                stop_token_ids=list(sampling.stop_ids),
-                ignore_eos=True,  # what ends a response is in stop_ids
-                seed=request_seed(sampling.seed, number),
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-            )
+            SamplingParams(**sampling_options(sampling, count, number), flat_logprobs=True)
             for number, (_, count) in enumerate(groups)
         ]
         requests: Any = [{"prompt_token_ids": list(ids)} for ids, _ in groups]
@@ -134,7 +117,13 @@ class VllmEngine:
             outputs = self.llm.generate(requests, settings, use_tqdm=False)
         except Exception as error:  # whatever its inside raises, the engine is not to be trusted any more
             raise RolloutError(f"vLLM gave up: {type(error).__name__}: {_first_line(error)}") from error
-        return to_samples([one for output in outputs for one in output.outputs], sampling.pad_id)
+        found = [one for output in outputs for one in output.outputs]
+        return Samples.of(
+            [one.token_ids for one in found],
+            [one.logprobs.logprobs for one in found],  # with logprobs=0 there is one per position
+            [one.finish_reason == "stop" for one in found],
+            sampling.pad_id,
+        )
 
     def sync(self) -> None:
         """Makes the engine sample from the policy's current weights. What it has cached of prompts is of older ones."""
@@ -181,22 +170,6 @@ class VllmEngine:
     def _model(self) -> nn.Module:
         executor: Any = self.llm.llm_engine.model_executor
         return executor.driver_worker.worker.model_runner.model
-
-
-def to_samples(outputs: Sequence[Any], pad_id: int) -> Samples:
-    """vLLM's completions as padded tensors."""
-    lengths = torch.tensor([len(one.token_ids) for one in outputs])
-    ids = torch.full((len(outputs), int(lengths.max())), pad_id)
-    logprobs = torch.zeros(ids.shape)
-    for row, one in enumerate(outputs):
-        ids[row, : lengths[row]] = torch.tensor(list(one.token_ids))
-        logprobs[row, : lengths[row]] = _chosen(one.logprobs)
-    return Samples(ids, lengths, torch.tensor([one.finish_reason == "stop" for one in outputs]), logprobs)
-
-
-def _chosen(flat: Any) -> Tensor:
-    """The log-probability of each sampled token: with logprobs=0 there is one per position."""
-    return torch.tensor(flat.logprobs)
 
 
 @contextmanager

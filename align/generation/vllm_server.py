@@ -34,7 +34,7 @@ from transformers import AutoConfig
 
 from align.data.faults import escaped
 from align.errors import ConfigError, NumericError, RolloutError
-from align.generation.engine import Samples, Sampling, cache_bytes, cpu_options, group_repeats, request_seed
+from align.generation.engine import Samples, Sampling
 from align.generation.transport import (
     WAYS,
     Transport,
@@ -45,6 +45,7 @@ from align.generation.transport import (
     visible_gpu,
 )
 from align.generation.vllm_launch import KEY_VARIABLE
+from align.generation.vllm_options import engine_options, group_repeats, sampling_options
 from align.generation.vllm_process import ServerProcess
 
 Result = TypeVar("Result")
@@ -123,8 +124,17 @@ class VllmServerEngine:
         self._address, self._asked = address, transport
         self._removes_log = address is None and log is None
         self.log = _temporary_log() if self._removes_log else log or Path(os.devnull)
-        cache = _cache_options(folder, dtype, max_length, max_sequences, kv_cache_bytes, gpu_memory)
-        self._options = [*_options(folder, dtype, max_length, max_sequences, seed, transport), *cache]
+        options = engine_options(
+            folder,
+            AutoConfig.from_pretrained(folder),
+            dtype=dtype,
+            max_length=max_length,
+            max_sequences=max_sequences,
+            kv_cache_bytes=kv_cache_bytes,
+            gpu_memory=gpu_memory,
+            seed=seed,
+        )
+        self._options = _flags(options | _server_options(transport))
         self._environment = {"HF_HUB_OFFLINE": "1"} if folder.is_dir() else {}
         if gpu is not None:
             visible = visible_gpu(gpu, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -373,32 +383,14 @@ class _Response:
 
 def to_samples(responses: Sequence[_Response], sampling: Sampling) -> Samples:
     """Responses as padded tensors. Raises NumericError for a log-probability that is not finite."""
-    lengths = torch.tensor([len(one.ids) for one in responses])
-    ids = torch.full((len(responses), int(lengths.max())), sampling.pad_id)
-    logprobs = torch.zeros(ids.shape)
-    for row, one in enumerate(responses):
-        ids[row, : lengths[row]] = torch.tensor(one.ids)
-        logprobs[row, : lengths[row]] = torch.tensor(one.logprobs)
-    if (logprobs <= UNKNOWN).any():
+    if any(value <= UNKNOWN for one in responses for value in one.logprobs):
         raise NumericError("rollout: log-probabilities of sampled tokens are not finite: the policy has diverged")
-    finished = torch.tensor([one.ids[-1] in sampling.stop_ids for one in responses])
-    return Samples(ids, lengths, finished, logprobs)
+    finished = [one.ids[-1] in sampling.stop_ids for one in responses]
+    return Samples.of([one.ids for one in responses], [one.logprobs for one in responses], finished, sampling.pad_id)
 
 
 def _request(ids: Sequence[int], count: int, sampling: Sampling, number: int) -> dict[str, Any]:
-    return {
-        "token_ids": list(ids),
-        "sampling_params": {
-            "n": count,
-            "temperature": sampling.temperature,
-            "max_tokens": sampling.max_tokens,
-            "stop_token_ids": list(sampling.stop_ids),
-            "ignore_eos": True,  # what ends a response is in stop_ids
-            "seed": request_seed(sampling.seed, number),
-            "logprobs": 0,
-            "detokenize": False,
-        },
-    }
+    return {"token_ids": list(ids), "sampling_params": sampling_options(sampling, count, number)}
 
 
 def _response(choice: dict[str, Any]) -> _Response:
@@ -418,40 +410,29 @@ def _at_most(groups: Sequence[tuple[Sequence[int], int]], most: int) -> Iterator
             yield ids, min(most, count - first)
 
 
-def _options(
-    folder: Path, dtype: torch.dtype, max_length: int, max_sequences: int, seed: int, transport: str
-) -> list[str]:
-    values = {
-        "model": str(folder),
-        "load-format": "dummy",  # a weight that is not handed over is random, and cannot go unnoticed
-        "dtype": str(dtype).removeprefix("torch."),
-        "generation-config": "vllm",  # not what the checkpoint would like
-        "logprobs-mode": "processed_logprobs",  # of the distribution that was sampled, after temperature
-        "max-model-len": str(max_length),
-        "max-num-seqs": str(max_sequences),
-        "seed": str(seed),
-        "worker-extension-cls": "align.generation.vllm_worker.WeightReceiver",
+def _server_options(transport: str) -> dict[str, Any]:
+    """What a server is told beyond what every engine is."""
+    options: dict[str, Any] = {
+        "worker_extension_cls": "align.generation.vllm_worker.WeightReceiver",
         "middleware": "align.generation.vllm_launch.Guard",
+        "tokens_only": True,
+        "disable_uvicorn_access_log": True,
     }
-    switches = ["--tokens-only", "--disable-uvicorn-access-log"]
     if transport == "nccl" or (transport == "auto" and torch.cuda.is_available()):
-        values["weight-transfer-config"] = '{"backend": "nccl"}'
-    for name, value in ({} if torch.cuda.is_available() else cpu_options(max_length)).items():
+        options["weight_transfer_config"] = '{"backend": "nccl"}'
+    return options
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    """Options as vLLM's command line takes them."""
+    flags = []
+    for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            switches.append(f"--{flag}" if value else f"--no-{flag}")
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            values[flag] = str(value)
-    return [*(f"--{name}={value}" for name, value in values.items()), *switches]
-
-
-def _cache_options(
-    folder: Path, dtype: torch.dtype, max_length: int, max_sequences: int, kv_cache_bytes: int | None, share: float
-) -> list[str]:
-    if torch.cuda.is_available() and kv_cache_bytes is None:
-        return [f"--gpu-memory-utilization={share}"]
-    needed = cache_bytes(AutoConfig.from_pretrained(folder), dtype, max_length, max_sequences)
-    return [f"--kv-cache-memory-bytes={kv_cache_bytes or needed}"]
+            flags.append(f"--{flag}={value}")
+    return flags
 
 
 def _temporary_log() -> Path:

@@ -27,7 +27,8 @@ NAME = "align_packed"
 """Of this attention, in transformers' register."""
 FULL = "full_attention"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference allowed between packed and padded states, relative to the largest of them, by their dtype."""
+"""Largest difference allowed between what two ways of computing the same give, relative to the largest value, by the
+dtype of the weights."""
 
 _is_packed = ContextVar("_is_packed", default=False)
 

@@ -22,11 +22,9 @@ from torch.func import functional_call
 from align.errors import ArtifactError
 from align.models.load import OFFSET_FIELD
 from align.models.lora import without_wrapper
-from align.models.packed import packed_states, packs
+from align.models.packed import TOLERANCE, packed_states, packs
 
 NUM_CHECKED = 4
-ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference allowed between our logits and the library's, relative to the largest of them, by weight dtype."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ def _check_logits(role: Role, model: Any) -> None:
         found = role.head(role.states(ids, mask, ids))
     if found.shape != expected.shape:
         raise _unknown(model)
-    bound = ROUNDING.get(model.dtype, ROUNDING[torch.float32]) * max(1.0, float(expected.abs().max()))
+    bound = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32]) * max(1.0, float(expected.abs().max()))
     if not float((found - expected).abs().max()) <= bound:
         raise _unknown(model)
 

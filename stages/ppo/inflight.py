@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.generation.engine import Samples
+from align.generation.engine import Samples, right_pad
 from stages.ppo.config import Config
 from stages.ppo.metrics import Phases
 from stages.ppo.rollout import Question
@@ -210,20 +210,14 @@ class Flight:
             metrics["rollout/restarted"] = float(state.restarted)
         batch = Batch(
             [self.questions[one.question] for one in ended],
-            Samples(
-                padded([one.ids for one in ended], self.pad_id, torch.long),
-                torch.tensor([len(one.ids) for one in ended]),
-                torch.tensor([one.finished for one in ended]),
-                padded([one.logprobs for one in ended], 0.0, torch.float32),
+            Samples.of(
+                [one.ids for one in ended],
+                [one.logprobs for one in ended],
+                [one.finished for one in ended],
+                self.pad_id,
             ),
             learned,
-            padded([one.versions for one in ended], 0, torch.long),
+            right_pad([one.versions for one in ended], 0, torch.long),
             metrics,
         )
         return batch, State(rest, state.begun, learned)
-
-
-def padded(rows: Sequence[Sequence[Any]], fill: Any, dtype: torch.dtype) -> Tensor:
-    """(B,T) of rows that are filled up on the right; (0,0) of none."""
-    width = max(map(len, rows), default=0)
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype).view(len(rows), width)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from align.errors import ConfigError, RolloutError
-from align.generation.engine import RolloutEngine, Sampling, cache_bytes, request_seed
+from align.generation.engine import RolloutEngine, Sampling, request_seed
 from align.generation.open import Sampled, open_engine
 from align.generation.rest import ALL
 from align.generation.vllm_engine import VllmEngine
+from align.generation.vllm_options import cache_bytes
 from align.models.roles import causal_role
 from align.recipe.settings import EngineSettings
 from align.training.parity import ParityGuard
@@ -89,7 +90,6 @@ def test_an_architecture_with_transposed_weights_goes_through_vllms_loader(tmp_p
 
 def test_a_base_in_four_bits(tmp_path):
     """The engine computes with what the 4 bits stand for, plus the adapter."""
-    pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 
     from align.models.lora import add_lora

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -26,14 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from align.errors import ConfigError, NumericError, RolloutError
 from align.generation.engine import Samples, Sampling
 from align.generation.open import Sampled, open_engine
-from align.recipe.settings import EngineSettings
-from tests.generation.conftest import END_OF_TURN, EOS, PAD
-
-pytest.importorskip("vllm")
-
 from align.generation.transport import buckets
 from align.generation.vllm_process import ServerProcess, wait_gone
 from align.generation.vllm_server import Timeouts, VllmServerEngine, _Response, to_samples
+from align.recipe.settings import EngineSettings
+from tests.generation.conftest import END_OF_TURN, EOS, PAD
 
 PATIENT = Timeouts(start=400, answer=200, sync=200)
 """Other processes may keep the machine busy."""
@@ -104,15 +102,17 @@ class Served:
         return (logits / temperature).log_softmax(-1).gather(1, chosen)[:, 0]
 
 
+def new_engine(folder: Path, weights: Any, **options: Any) -> VllmServerEngine:
+    """A server of this size for the model of a folder."""
+    return VllmServerEngine(folder, weights, dtype=torch.float32, max_length=64, max_sequences=8, **options)
+
+
 def serve(folder: Path, *, is_tied: bool, keeps_policy: bool = False) -> Served:
     model = new_model(folder, is_tied=is_tied)
     notices: list[str] = []
-    engine = VllmServerEngine(
+    engine = new_engine(
         folder,
         model.named_parameters,
-        dtype=torch.float32,
-        max_length=64,
-        max_sequences=8,
         timeouts=PATIENT,
         max_restarts=2,
         keeps_policy=keeps_policy,
@@ -390,12 +390,9 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Unheard"]}))
     notices: list[str] = []
     with pytest.raises(RolloutError, match="ended while it started") as caught:
-        VllmServerEngine(
+        new_engine(
             tmp_path,
             dict,
-            dtype=torch.float32,
-            max_length=64,
-            max_sequences=8,
             timeouts=PATIENT,
             log=tmp_path / "log",
             notice=notices.append,
@@ -448,12 +445,9 @@ def test_a_server_at_an_address_is_given_up(max_restarts, broken, tmp_path, monk
     key."""
     monkeypatch.setenv("VLLM_API_KEY", "very-secret")
     model, notices = new_model(tmp_path, is_tied=True), []
-    engine = VllmServerEngine(
+    engine = new_engine(
         tmp_path,
         model.named_parameters,
-        dtype=torch.float32,
-        max_length=64,
-        max_sequences=8,
         address=broken,
         max_restarts=max_restarts,
         notice=notices.append,
@@ -470,12 +464,9 @@ def test_a_server_that_is_not_there_is_waited_for_and_given_up(tmp_path):
     """At an address where nobody listens."""
     new_model(tmp_path, is_tied=True)
     with pytest.raises(RolloutError, match=r"at http://127.0.0.1:9 was not ready within 0.3 s"):
-        VllmServerEngine(
+        new_engine(
             tmp_path,
             dict,
-            dtype=torch.float32,
-            max_length=64,
-            max_sequences=8,
             address="http://127.0.0.1:9",
             timeouts=Timeouts(start=0.3),
         )

@@ -15,8 +15,6 @@ from align.generation.weights import effective_weights
 from tests.generation.vllm_models import make_model
 from tests.generation.zero3_step import alone
 
-pytest.importorskip("deepspeed")
-
 EXACT = 1e-6
 """Bound of differences between weights after a step. Measured: 3e-8, from sums in another order; the step moves weights
 by up to 0.05."""

@@ -75,7 +75,8 @@ def test_contradictions_are_refused(config, given, key, what):
 )
 def test_responses_may_outlive_their_rollout(rollout):
     """Carried over, sampled ahead, or both."""
-    Config.model_validate({"rollout": rollout})
+    found = Config.model_validate({"rollout": rollout}).rollout
+    assert {name: getattr(found, name) for name in rollout} == rollout
 
 
 @pytest.mark.parametrize("config", [Config, RlooConfig, GrpoConfig, DpoConfig])

@@ -20,7 +20,7 @@ from align.training.masked import length_mask
 from align.training.parity import sampled_logprobs
 from stages.ppo.config import ClipSettings, Config, CriticSettings, KLSettings, MissingEosSettings, RolloutSettings
 from stages.ppo.correction import importance_weights
-from stages.ppo.inflight import Batch, Flight, State, padded
+from stages.ppo.inflight import Batch, Flight, State
 from stages.ppo.losses import kl_loss, policy_loss
 from stages.ppo.metrics import Phases
 from stages.ppo.rollout import Question, Responses, Rollout
@@ -57,13 +57,8 @@ class Script:
             whole = [10 * question + t for t in range(LENGTHS[question] - 1)] + [STOP]
             rows.append(whole[len(before) : len(before) + tokens])
         number = int(name.removeprefix("rollout "))
-        logprobs = padded([[-float(number)] * len(row) for row in rows], 0.0, torch.float32)
-        return Samples(
-            padded(rows, 0, torch.long),
-            torch.tensor([len(row) for row in rows]),
-            torch.tensor([row[-1] == STOP for row in rows]),
-            logprobs,
-        )
+        logprobs = [[-float(number)] * len(row) for row in rows]
+        return Samples.of(rows, logprobs, [row[-1] == STOP for row in rows], pad_id=0)
 
 
 def new_flight(script: Script | None = None, capacity: int = 3, **changes: Any) -> Flight:
