@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from align.errors import Interrupted
+from align.errors import AlignError, Interrupted, leave
 from align.job import Input, Job
 from align.metrics import JsonLines, MetricsLog
 from align.records import committed_folder
@@ -38,11 +39,11 @@ class Context:
     """One stage's surroundings while it runs.
 
     Layout of `directory`: job.json, metrics.jsonl, samples.jsonl, checkpoints/, model/ (the artifact),
-    record.json.
+    record.json. `abort` ends the process at once, from any thread, with an error as the cause.
     """
 
-    def __init__(self, job: Job, stop: StopFlag | None = None):
-        self.job = job
+    def __init__(self, job: Job, stop: StopFlag | None = None, abort: Callable[[AlignError], None] = leave):
+        self.job, self.abort = job, abort
         self.directory = Path(job.directory)
         self.metrics = MetricsLog(self.directory / "metrics.jsonl")
         self.samples = JsonLines(self.directory / "samples.jsonl")

@@ -17,6 +17,8 @@ An error message says where, what is wrong, and the nearest fix. The command lin
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,3 +102,9 @@ class Interrupted(AlignError):
     """Stopped by a signal, or the run folder is in use: nothing is lost, run the same command again."""
 
     exit_code = 75
+
+
+def leave(error: AlignError) -> None:
+    """Ends this process at once, from any thread, with the error's exit code."""
+    print(error, file=sys.stderr, flush=True)
+    os._exit(error.exit_code)

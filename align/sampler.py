@@ -26,8 +26,8 @@ from align.models.roles import causal_role, reward_role
 from align.recipe.settings import DataSettings, EngineSettings, Role
 from align.records import write_text
 from align.training.parity import NUM_PROBES, ParityGuard
+from align.training.precision import training_dtype
 from align.training.progress import StageProgress
-from align.training.trainer import training_dtype
 
 PROMPTS_AT_A_TIME = 256
 

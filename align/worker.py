@@ -18,6 +18,7 @@ import time
 import traceback
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def run_stage(directory: Path, stop: StopFlag) -> None:
     world_size = _check_world_size()
     order = read_order(directory)
     config = named(order.config_class).model_validate(order.job.config)
-    context = Context(order.job, stop)
+    context = Context(order.job, stop, partial(_abort, directory))
     # Taken now: what the inputs hold while they are read, not what they may hold hours later.
     contents = {slot: content(Path(value.path)) for slot, value in order.job.inputs.items()}
     started = time.time()
@@ -193,6 +194,11 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _abort(directory: Path, error: AlignError) -> None:
+    """From any thread: the main one may be stuck."""
+    os._exit(_fail(directory, error.exit_code, str(error)))
 
 
 def _fail(directory: Path, exit_code: int, message: str) -> int:

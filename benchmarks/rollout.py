@@ -65,16 +65,15 @@ Tokens per second of an engine over those of transformers: median of {rounds} ro
 Tokens per second, measured / floor and cores are medians of the rounds.
 
 - A measurement is what a stage waits for: from the prompts' ids to all responses as a tensor, in calls of a batch each
-  and at least {responses} responses. Only generated tokens are counted, up to the one that ends a response: neither
-  padding, nor what transformers computes for responses that have ended while it waits for the longest.
+  and at least {responses} responses. Only generated tokens are counted, up to the one that ends a response: not
+  padding.
 - Each engine has a process of its own, because vLLM changes how torch uses threads in a process. All are open and one
   works at a time: a round is a measurement of each, on the same prompts ({shortest} to {longest} random tokens), and
   a ratio is taken within a round. Before each measurement the others have come to rest: a server looks busily for more
   work for a second. A first round of each kind is not counted.
 - One thread each (`OMP_NUM_THREADS=1`), float32. A server is three processes, and works while its client does: *cores*
   is what all processes of the benchmark used together.
-- vLLM also gives the log-probability of each token, which a stage needs to correct for an engine that is not the
-  policy itself.
+- All give the log-probability of each token, which a stage needs to correct for tokens that are not the policy's own.
 - Weights are random, which does not change what a token costs; responses of natural lengths differ from engine to
   engine, because each draws in its own way.
 - Models and responses are far smaller than those that vLLM is made for, and this is a CPU: nothing here says how the

@@ -45,6 +45,11 @@ def load_gold(name: str | None) -> GoldScorer | None:
     return gold
 
 
+def response_sampling(settings: EvaluationSettings, renderer: Renderer, seed: int) -> Sampling:
+    """How a policy is sampled when it is measured: from its own distribution."""
+    return Sampling(settings.max_response_tokens, 1.0, renderer.stop_ids, renderer.pad_id, seed)
+
+
 def evaluate_policy(
     engine: RolloutEngine,
     policy: Role,
@@ -64,8 +69,7 @@ def evaluate_policy(
     """
     prompts = prompts[: settings.prompts]
     ids = [renderer.prompt(prompt.messages, prompt.source) for prompt in prompts]
-    sampling = Sampling(settings.max_response_tokens, 1.0, renderer.stop_ids, renderer.pad_id, seed)
-    samples = engine.generate(ids, sampling)
+    samples = engine.generate(ids, response_sampling(settings, renderer, seed))
     engine.rest()
     texts = [renderer.decode(row) for row in samples.rows()]
     questions = [prompt.messages[-1]["content"] for prompt in prompts]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
 
 from align.context import Context
 from align.data.load import load
@@ -11,11 +16,13 @@ from align.data.render import Renderer
 from align.data.rows import Prompt
 from align.data.split import prompt_key
 from align.errors import DataError, Problem
-from align.evaluation.policy import RewardScorer, evaluate_policy
+from align.evaluation.policy import RewardScorer, evaluate_policy, response_sampling
 from align.generation.engine import RolloutEngine
+from align.generation.open import Sampled, open_engine
 from align.generation.transformers_engine import TransformersEngine
 from align.models import roles
 from align.recipe.settings import EvaluationSettings, Role
+from align.training.parity import NUM_PROBES, ParityGuard
 
 FINAL = "final"
 NUM_SHOWN = 4
@@ -73,6 +80,39 @@ def evaluate_stage(
     for row in rows:
         context.samples.write(context.metrics.last_step(), **{"at": FINAL, **row})
     return metrics
+
+
+def evaluate_model(
+    context: Context,
+    settings: EvaluationSettings,
+    model: Any,
+    folder: Path,
+    renderer: Renderer,
+    prompts: Sequence[Prompt],
+    reference: roles.Role | None = None,
+) -> dict[str, Any]:
+    """`evaluate_stage` of a model in memory, whose config is in `folder`, sampled by the engine of the settings, which
+    is held against the model first.
+
+    Raises ConfigError when that engine cannot run it, RolloutError when it gives up or is not the model.
+    """
+    if not prompts:
+        return {}
+    policy = roles.causal_role(model)
+    ids = [renderer.prompt(prompt.messages, prompt.source) for prompt in prompts[: settings.prompts]]
+    dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    console = Console(stderr=True, highlight=False)
+    engine = open_engine(
+        settings,
+        Sampled(model, folder, dtype, max(map(len, ids)) + settings.max_response_tokens, settings.batch_size),
+        notice=lambda text: console.print(f"  evaluation: {escape(text)}"),
+        log=context.directory / "vllm.log",
+        end=context.abort,
+    )
+    with closing(engine):
+        sampling = response_sampling(settings, renderer, context.seed("parity"))
+        ParityGuard(engine, policy, ids[:NUM_PROBES], sampling, dtype).check()
+        return evaluate_stage(context, settings, engine, policy, renderer, prompts, reference)
 
 
 def sampler(

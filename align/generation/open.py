@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from align.errors import ConfigError
+from align.errors import ConfigError, RolloutError, leave
 from align.generation.engine import CannotRun, RolloutEngine
+from align.generation.restarting import RestartingEngine
 from align.generation.transformers_engine import TransformersEngine
+from align.generation.watchdog import Watchdog
 from align.generation.weights import effective_weights, gathered
 from align.recipe.settings import EngineSettings
 
@@ -36,10 +38,16 @@ class Sampled:
 
 
 def open_engine(
-    settings: EngineSettings, what: Sampled, *, notice: Callable[[str], None], log: Path | None = None
+    settings: EngineSettings,
+    what: Sampled,
+    *,
+    notice: Callable[[str], None],
+    log: Path | None = None,
+    end: Callable[[RolloutError], None] = leave,
 ) -> RolloutEngine:
     """The engine that a recipe asks for. `auto` is vLLM in this process where it is installed and can run the model,
-    else transformers; `notice` is told why, and whatever else happens to the engine. A server writes to the file `log`.
+    else transformers; `notice` is told why, and whatever else happens to the engine. A server writes to the file `log`;
+    `end` ends this process when an engine in it hangs.
 
     Raises ConfigError when the engine that is asked for is not installed, cannot run the model, or cannot do with it
     what else is asked.
@@ -49,15 +57,14 @@ def open_engine(
     if find_spec("vllm") is None:
         if settings.engine != "auto":
             raise ConfigError(
-                f"rollout.engine {settings.engine}: vLLM is not installed; install it (docs/rollouts.md) or use "
-                "transformers"
+                f"engine {settings.engine}: vLLM is not installed; install it (docs/rollouts.md) or use transformers"
             )
         notice("transformers, because vLLM is not installed")
         return TransformersEngine(what.policy, what.batch_size)
     if settings.engine == "vllm-server":
         return _server(settings, what, notice, log)
     try:
-        return _in_process(settings, what)
+        return RestartingEngine(lambda: _in_process(settings, what, end), settings.max_restarts, notice)
     except CannotRun as error:
         if settings.engine != "auto":
             raise
@@ -65,7 +72,7 @@ def open_engine(
         return TransformersEngine(what.policy, what.batch_size)
 
 
-def _in_process(settings: EngineSettings, what: Sampled) -> RolloutEngine:
+def _in_process(settings: EngineSettings, what: Sampled, end: Callable[[RolloutError], None]) -> RolloutEngine:
     from align.generation.vllm_engine import VllmEngine  # optional, and takes seconds
 
     return VllmEngine(
@@ -77,6 +84,7 @@ def _in_process(settings: EngineSettings, what: Sampled) -> RolloutEngine:
         kv_cache_bytes=settings.kv_cache_bytes,
         gpu_memory=settings.gpu_memory,
         sleep=settings.sleep,
+        watchdog=Watchdog(settings.timeout, end),
     )
 
 

@@ -19,7 +19,8 @@ from torch import nn
 from align.errors import RolloutError
 from align.generation.engine import CannotRun, Samples, Sampling
 from align.generation.rest import NONE, Call, choose_rest
-from align.generation.vllm_options import engine_options, group_repeats, sampling_options
+from align.generation.vllm_options import check_length, engine_options, group_repeats, sampling_options
+from align.generation.watchdog import Watchdog
 from align.generation.weights import HandOver
 
 # Read by vLLM at its import. In this process: a policy cannot share its weights with another one.
@@ -30,9 +31,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about Triton and torch, for vLLM's developers
     import vllm._custom_ops as vllm_ops
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, RequestOutput, SamplingParams
     from vllm.model_executor.layers import utils as vllm_layers
     from vllm.platforms import current_platform
+
+DEFAULT_TIMEOUT = 600.0
+"""Seconds."""
 
 
 class VllmEngine:
@@ -52,12 +56,14 @@ class VllmEngine:
         kv_cache_bytes: int | None = None,
         gpu_memory: float = 0.3,
         sleep: str = "auto",
+        watchdog: Watchdog | None = None,
         seed: int = 0,
     ):
         """`folder` holds the config of `policy`, a causal model or a PeftModel around one; weights are taken from
         memory. `max_length` tokens, prompt and response, fit a sequence, `max_sequences` are computed at a time. On a
         CPU the cache of keys and values takes `kv_cache_bytes`, by default as many as all sequences need; on a GPU the
-        engine takes the share `gpu_memory` of it; `sleep` is what it gives up of that when it rests (choose_rest).
+        engine takes the share `gpu_memory` of it; `sleep` is what it gives up of that when it rests (choose_rest). The
+        `watchdog` sees each of its steps.
 
         Raises CannotRun when vLLM cannot hold the model, ConfigError when it cannot sleep as asked.
         """
@@ -73,8 +79,9 @@ class VllmEngine:
             gpu_memory=gpu_memory,
             seed=seed,
         )
+        self.max_length, self._watchdog = max_length, watchdog or Watchdog(DEFAULT_TIMEOUT)
         try:
-            with _plain_weights():
+            with _plain_weights(), self._watchdog.watching("the start of vLLM"):
                 self.llm = LLM(**options, skip_tokenizer_init=True, enable_sleep_mode=sleeps)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise _cannot_run(folder, error) from error
@@ -103,20 +110,20 @@ class VllmEngine:
 
         After a rest in which the engine gave up its weights they are handed over again, as they are now.
 
-        Raises RolloutError when vLLM fails.
+        Raises ConfigError for a prompt that is too long, RolloutError when vLLM fails.
         """
-        if self._is_resting:
-            self._wake(self.resting.loses_weights)
+        check_length(prompts, sampling, self.max_length)
         groups = group_repeats(prompts)
         settings = [
             SamplingParams(**sampling_options(sampling, count, number), flat_logprobs=True)
             for number, (_, count) in enumerate(groups)
         ]
         requests: Any = [{"prompt_token_ids": list(ids)} for ids, _ in groups]
-        try:
-            outputs = self.llm.generate(requests, settings, use_tqdm=False)
-        except Exception as error:  # whatever its inside raises, the engine is not to be trusted any more
-            raise RolloutError(f"vLLM gave up: {type(error).__name__}: {_first_line(error)}") from error
+        with self._trusted("sampling with vLLM"):
+            if self._is_resting:
+                self._wake(self.resting.loses_weights)
+            self.llm.enqueue(requests, settings, use_tqdm=False)
+            outputs = sorted(self._finished(), key=lambda output: int(output.request_id))
         found = [one for output in outputs for one in output.outputs]
         return Samples.of(
             [one.token_ids for one in found],
@@ -126,14 +133,17 @@ class VllmEngine:
         )
 
     def sync(self) -> None:
-        """Makes the engine sample from the policy's current weights. What it has cached of prompts is of older ones."""
-        self._wake(True)
-        self.llm.reset_prefix_cache()
+        """Makes the engine sample from the policy's current weights. What it has cached of prompts is of older ones.
+        Raises RolloutError when vLLM fails."""
+        with self._trusted("the hand-over to vLLM"):
+            self._wake(True)
+            self.llm.reset_prefix_cache()
 
     def rest(self) -> None:
         """Gives up memory, as chosen at the start. Weights that it shares with the policy are never among it."""
         if not self._is_resting:
-            self._call(self.resting.down)
+            with self._trusted("vLLM going to sleep"):
+                self._call(self.resting.down)
             self._is_resting = True
 
     @property
@@ -149,6 +159,23 @@ class VllmEngine:
         """Gives the policy memory of its own again, and the engine's back."""
         self.handover.release()
         self._shut_down()
+
+    @contextmanager
+    def _trusted(self, what: str) -> Iterator[None]:
+        """Inside, `what` has to make progress, and whatever it raises is an error of the engine, which is not to be
+        trusted any more."""
+        try:
+            with self._watchdog.watching(what):
+                yield
+        except Exception as error:
+            raise RolloutError(f"{what} failed: {type(error).__name__}: {_first_line(error)}") from error
+
+    def _finished(self) -> Iterator[RequestOutput]:
+        """Each request's output, in the order in which they end."""
+        engine = self.llm.llm_engine
+        while engine.has_unfinished_requests():
+            yield from (output for output in engine.step() if output.finished)
+            self._watchdog.seen()
 
     def _wake(self, hands_over: bool) -> None:
         """Takes back what was given up, if anything was, around a hand-over."""
@@ -187,7 +214,7 @@ def _plain_weights() -> Iterator[None]:
 
 
 def _cannot_run(folder: Path, error: Exception) -> CannotRun:
-    return CannotRun(f"rollout.engine vllm cannot run {folder}: {_first_line(error)}")
+    return CannotRun(f"engine vllm cannot run {folder}: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

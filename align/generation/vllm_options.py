@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from align.errors import ConfigError
 from align.generation.engine import Sampling, request_seed
 
 CACHE_BLOCK = 128
@@ -73,6 +74,16 @@ def sampling_options(sampling: Sampling, count: int, number: int) -> dict[str, A
         "logprobs": 0,
         "detokenize": False,
     }
+
+
+def check_length(prompts: Sequence[Sequence[int]], sampling: Sampling, max_length: int) -> None:
+    """Raises ConfigError when a prompt and its response may exceed the tokens that fit a sequence."""
+    longest = max(map(len, prompts))
+    if longest + sampling.max_tokens > max_length:
+        raise ConfigError(
+            f"rollout: a prompt of {longest} tokens and a response of {sampling.max_tokens} do not fit the engine's "
+            f"{max_length} (shorten prompts, or raise the engine's length)"
+        )
 
 
 def group_repeats(prompts: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], int]]:

@@ -45,7 +45,7 @@ from align.generation.transport import (
     visible_gpu,
 )
 from align.generation.vllm_launch import KEY_VARIABLE
-from align.generation.vllm_options import engine_options, group_repeats, sampling_options
+from align.generation.vllm_options import check_length, engine_options, group_repeats, sampling_options
 from align.generation.vllm_process import ServerProcess
 
 Result = TypeVar("Result")
@@ -172,12 +172,7 @@ class VllmServerEngine:
         Raises ConfigError for a prompt that is too long, RolloutError when the server gave up, NumericError when it
         computes what is not finite.
         """
-        room = self.max_length - sampling.max_tokens
-        if (longest := max(map(len, prompts))) > room:
-            raise ConfigError(
-                f"rollout: a prompt of {longest} tokens and a response of {sampling.max_tokens} do not fit "
-                f"the engine's {self.max_length} (shorten prompts, or raise the engine's length)"
-            )
+        check_length(prompts, sampling, self.max_length)
         bodies = [
             _request(ids, count, sampling, number)
             for number, (ids, count) in enumerate(_at_most(group_repeats(prompts), self.max_sequences))

@@ -327,13 +327,14 @@ class EngineSettings(Settings):
     GPUs, else memory; the stage says which."""
 
     timeout: PositiveFloat = execution(600.0)
-    """vllm-server: seconds without an answer after which it counts as hanging."""
+    """Seconds without a response (vllm-server) or a step (vllm) after which the engine counts as hanging. A server is
+    started again; an engine in the stage's process ends it."""
 
     max_restarts: Annotated[int, Field(ge=0)] = execution(3)
-    """vllm-server: how often in a row it is started again, with the current policy, before the stage gives up."""
+    """How often in a row vLLM is started again when it fails, with the current policy, before the stage gives up."""
 
 
-class EvaluationSettings(Settings):
+class EvaluationSettings(EngineSettings):
     """How policies are measured at the end of their stage, on held-out prompts."""
 
     gold: str | None = function()
@@ -352,6 +353,10 @@ class EvaluationSettings(Settings):
 
     batch_size: PositiveInt = 64
     """Prompts sampled at a time."""
+
+    engine: Literal["auto", "vllm", "vllm-server", "transformers"] = execution("transformers")
+    """What samples, as rollout.engine; vLLM takes half a minute to start. ppo, rloo and grpo sample with their rollout
+    engine, which is open already."""
 
 
 class TrainingSettings(Settings):

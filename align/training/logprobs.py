@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from align.models.roles import Role, wide
+from align.models.roles import Role, position_ids, wide
 
 MAX_TOKENS = 1024
 """Tokens whose logits exist at a time, forward and backward."""
@@ -23,15 +23,6 @@ CPU_BLOCK = 128
 """Tokens whose logits are computed at a time on a CPU: to get large tensors from the system takes longer than to fill
 them."""
 CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """(B,L) -> (B,L): a row's first attended token is at 0, however much padding is on its left.
-
-    Passed in every forward: a model that counts from the left edge gives left-padded rows other
-    log-probabilities.
-    """
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def response_states(role: Role, input_ids: Tensor, attention_mask: Tensor, response_width: int) -> Tensor:

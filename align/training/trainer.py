@@ -20,18 +20,11 @@ from align.errors import NumericError
 from align.recipe.settings import OptimSettings, TrainingSettings
 from align.records import committed_folder, read_manifest
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
+from align.training.precision import training_dtype
 from align.training.progress import StageProgress
 
 SAVED_BY_TRAINER = "training_args.bin"
 """A pickle that the trainer writes into every checkpoint; it can hold tokens, and nothing reads it."""
-
-
-def training_dtype(precision: str) -> torch.dtype:
-    """The dtype of the forward pass for a recipe's `precision`."""
-    if precision == "auto":
-        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if supported else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 def optimiser_arguments(optim: OptimSettings) -> dict[str, Any]:
@@ -101,6 +94,13 @@ class CommittedTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         self._refuse_non_finite("loss", float(loss))
         return loss
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing once all steps are done: the library would train one more when it resumes from the last."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The norm over all gradients, known after the backward pass and before the update."""

@@ -20,12 +20,10 @@ from transformers import (
 from align.context import Context
 from align.data.render import PAD_TOKEN, Renderer
 from align.data.rows import Document
-from align.evaluation.stage import evaluate_stage, held_out_prompts
-from align.generation.transformers_engine import TransformersEngine
+from align.evaluation.stage import evaluate_model, held_out_prompts
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.opened import Opened, commit_policy
-from align.models.roles import causal_role
 from align.recipe.settings import EvaluationSettings, Role
 from align.training.rows import load_rows
 from align.training.trainer import CommittedTrainer, housekeeping_arguments, optimiser_arguments, run_training
@@ -63,8 +61,8 @@ def run(config: Config, context: Context) -> StageResult:
         _train(config, context, opened, blocks)
     model, handover = commit_policy(context.commit_model(), opened.model, opened, blocks[:NUM_PROBES])
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
-    engine, prompts = TransformersEngine(model, evaluation.batch_size), held_out_prompts(evaluation, ())
-    metrics = evaluate_stage(context, evaluation, engine, causal_role(model), opened.renderer, prompts)
+    prompts = held_out_prompts(evaluation, ())
+    metrics = evaluate_model(context, evaluation, model, context.model_directory, opened.renderer, prompts)
     return StageResult({"parameters": model.num_parameters(), **metrics}, handover)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset as RowDataset
@@ -13,10 +14,10 @@ from trl import DPOConfig, DPOTrainer
 from align.context import Context
 from align.data.rows import Prompt
 from align.evaluation.likelihood import preference_metrics
-from align.evaluation.stage import evaluate_stage, held_out_prompts, sampler
-from align.generation.transformers_engine import TransformersEngine
+from align.evaluation.stage import evaluate_model, held_out_prompts, sampler
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
+from align.models.load import local_folder
 from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import commit_policy, open_policy
 from align.models.roles import causal_role
@@ -74,8 +75,8 @@ def run(config: Config, context: Context) -> StageResult:
     trained = trainable_parameters(model)
     ours = causal_role(model)
     theirs = replace(ours, switch=model.disable_adapter) if config.lora else causal_role(reference)
-    engine = TransformersEngine(model, evaluation.batch_size)
-    metrics = evaluate_stage(context, evaluation, engine, ours, opened.renderer, prompts, theirs)
+    folder = Path(local_folder(context.input("policy")))
+    metrics = evaluate_model(context, evaluation, model, folder, opened.renderer, prompts, theirs)
     if held_out:
         metrics |= preference_metrics(ours, theirs, held_out, opened.renderer.pad_id)
     _, handover = commit_policy(context.commit_model(), model, opened, probes)

@@ -131,6 +131,10 @@ class RolloutSettings(EngineSettings):
     carried over: it goes on in the next rollout, under the policy of then, while those that ended are learned from and
     new prompts take their places. So the longest responses are not waited for. None: all end in their rollout."""
 
+    until_ended: Fraction = 0.0
+    """With round_tokens: responses grow by round_tokens at a time until this share of those in the rollout has ended;
+    what is left is carried over. 0: once."""
+
     max_staleness: PositiveInt | None = None
     """With round_tokens: a response whose first token would be more rollouts old than this when it goes on is started
     anew instead. Longer responses than (max_staleness + 1) * round_tokens are then never learned from. None: none is;
@@ -358,28 +362,41 @@ class Config(Settings):
         return problems
 
     def _rollout_problems(self) -> dict[str, str]:
-        rollout, problems = self.rollout, {}
-        most, each = rollout.max_response_tokens, rollout.round_tokens
-        if each is not None and (each >= most or most % each):
-            problems["rollout.round_tokens"] = (
-                f"rollout.max_response_tokens {most} is not two or more times {each}; choose a part of it"
-            )
-        elif rollout.max_staleness is not None and each is None:
-            problems["rollout.max_staleness"] = "has no effect without rollout.round_tokens"
-        elif rollout.max_staleness is not None and each is not None and rollout.max_staleness >= most // each - 1:
-            problems["rollout.max_staleness"] = (
-                f"has no effect: all responses end within {most // each} rollouts, so the oldest token is at most "
-                f"{most // each - 1} old; choose a smaller number, or leave it out"
-            )
+        rollout, problems = self.rollout, self._tail_problems()
         if rollout.overlap and rollout.engine != "vllm-server":
             problems["rollout.overlap"] = (
                 f"needs rollout.engine: vllm-server; {rollout.engine} samples in the trainer's process, on weights "
                 "that change while it learns"
             )
-        if rollout.correction == "off" and (rollout.overlap or each is not None):
+        if rollout.correction == "off" and (rollout.overlap or rollout.round_tokens is not None):
             problems["rollout.correction"] = (
                 "off would learn from older policies' tokens as if they were the policy's own; use token, or leave "
                 "rollout.round_tokens and rollout.overlap out"
+            )
+        return problems
+
+    def _tail_problems(self) -> dict[str, str]:
+        rollout = self.rollout
+        most, each = rollout.max_response_tokens, rollout.round_tokens
+        if each is None:
+            idle = {
+                "rollout.max_staleness": rollout.max_staleness is not None,
+                "rollout.until_ended": rollout.until_ended,
+            }
+            return {name: "has no effect without rollout.round_tokens" for name, is_set in idle.items() if is_set}
+        if each >= most or most % each:
+            what = f"rollout.max_response_tokens {most} is not two or more times {each}; choose a part of it"
+            return {"rollout.round_tokens": what}
+        problems = {}
+        if rollout.max_staleness is not None and rollout.max_staleness >= most // each - 1:
+            problems["rollout.max_staleness"] = (
+                f"has no effect: all responses end within {most // each} rollouts, so the oldest token is at most "
+                f"{most // each - 1} old; choose a smaller number, or leave it out"
+            )
+        if rollout.until_ended == 1:
+            problems["rollout.until_ended"] = (
+                "1 waits for every response, so that none is carried over; choose a smaller share, or leave "
+                "rollout.round_tokens out"
             )
         return problems
 

@@ -1,8 +1,9 @@
 """Responses in flight: sampled, in part or whole, in an earlier round of the loop than the one that learns from them.
 
-Long tails (rollout.round_tokens): in a round a response grows by so many tokens. One that has not ended by then goes on
-in the next round under the policy of then, beside new ones that take the places of those that ended. Responses that are
-compared with each other are learned from once all of them have ended.
+Long tails (rollout.round_tokens): in a round responses grow by so many tokens at a time, until a share of them has
+ended (rollout.until_ended). One that has not by then goes on in the next round under the policy of then, beside new
+ones that take the places of those that ended. Responses that are compared with each other are learned from once all of
+them have ended.
 
 Overlap (rollout.overlap): while a round is learned from, the responses of the next are sampled in a thread, from the
 policy as it was before.
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -84,7 +85,8 @@ Generate = Callable[[Sequence[Sequence[int]], int, str], Samples]
 
 class Flight:
     """The responses in flight, from round to round, of which at most `capacity` grow at a time. `stream` gives the
-    questions' numbers at places of the stream of prompts, `generate` samples."""
+    questions' numbers at places of the stream of prompts, `generate` samples, and `rest` is called when a round's
+    sampling is done."""
 
     def __init__(
         self,
@@ -94,18 +96,19 @@ class Flight:
         pad_id: int,
         stream: Callable[[int, int], Sequence[int]],
         generate: Generate,
+        rest: Callable[[], None],
     ):
         self.settings, self.rounds = config.rollout, config.rollouts
         self.questions, self.capacity, self.pad_id = questions, capacity, pad_id
         self.group = config.rollout.responses_per_prompt if config.compares else 1
         self.tokens = config.rollout.round_tokens or config.rollout.max_response_tokens
-        self._stream, self._generate = stream, generate
+        self._stream, self._generate, self._rest_engine = stream, generate, rest
         self.state = State()
         """When the round at work began: what a checkpoint before the end of that round holds."""
         self._rest: State | None = None
         """What is left when the round at work ends; None before it begins."""
-        self._ahead: tuple[State, int, Future[Samples]] | None = None
-        """What is sampled ahead, with the version of its tokens."""
+        self._ahead: Future[State] | None = None
+        """The next round, which is sampled ahead."""
         self._phases = Phases()
 
     def collect(self, index: int, sync: Callable[[], None], phases: Phases) -> Batch:
@@ -115,14 +118,12 @@ class Flight:
             sync()
         state = self.state
         if not state.sampled:
-            begun = self._boarded(state, index)
-            state = self._landed(begun, index, self._sample(begun, index))
+            state = self._grown(self._boarded(state, index), index, index)
         batch, rest = self._taken(state)
         phases.metrics |= self._phases.metrics
         self._phases, self._rest = Phases(), rest
         if self.settings.overlap and index + 1 < self.rounds:
-            begun = self._boarded(self._rest, index)
-            self._ahead = begun, index, self._in_a_thread(begun, index + 1)
+            self._ahead = self._in_a_thread(self._boarded(self._rest, index), index, index + 1)
         return batch
 
     def settle(self) -> None:
@@ -132,10 +133,9 @@ class Flight:
             return
         self.state, self._rest = self._rest, None
         if self._ahead is not None:
-            (begun, version, samples), self._ahead = self._ahead, None
+            ahead, self._ahead = self._ahead, None
             with self._phases.phase("time/wait"):
-                found = samples.result()
-            self.state = self._landed(begun, version, found)
+                self.state = ahead.result()
 
     def give_up(self) -> None:
         """Forgets the round at work: `state` is as if it had not begun. What is sampled ahead ends with the engine."""
@@ -171,24 +171,35 @@ class Flight:
         numbers = self._stream(start, -(-last // each))
         return tuple((Response(numbers[place // each - start]),) * self.group for place in range(first, last))
 
-    def _sample(self, state: State, number: int) -> Samples:
-        """What open responses grow by in round `number`."""
+    def _grown(self, state: State, version: int, number: int) -> State:
+        """With open responses grown by what policy `version` says in round `number`, until enough have ended."""
+        under_way = sum(1 for _ in self._open(state))
         with self._phases.phase("time/rollout"):
-            prompts = [self.questions[one.question].ids + one.ids for one in self._open(state)]
-            return self._generate(prompts, self.tokens, f"rollout {number}")
+            for part in count():
+                name = f"rollout {number}, part {part}" if part else f"rollout {number}"
+                state = self._landed(state, version, self._sample(state, name))
+                still = sum(1 for _ in self._open(state))
+                if under_way - still >= self.settings.until_ended * under_way:
+                    break
+            self._rest_engine()
+        return replace(state, sampled=under_way)
 
-    def _in_a_thread(self, state: State, number: int) -> Future[Samples]:
+    def _sample(self, state: State, name: str) -> Samples:
+        """What open responses grow by at a time."""
+        prompts = [self.questions[one.question].ids + one.ids for one in self._open(state)]
+        return self._generate(prompts, self.tokens, name)
+
+    def _in_a_thread(self, state: State, version: int, number: int) -> Future[State]:
         pool = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         try:
-            return pool.submit(self._sample, state, number)
+            return pool.submit(self._grown, state, version, number)
         finally:
             pool.shutdown(wait=False)
 
     def _landed(self, state: State, version: int, samples: Samples) -> State:
         """With open responses grown by what was sampled from policy `version`."""
         assert samples.logprobs is not None
-        rows = samples.rows()
-        sampled = zip(rows, samples.logprobs.tolist(), samples.finished.tolist(), strict=True)
+        sampled = zip(samples.rows(), samples.logprobs.tolist(), samples.finished.tolist(), strict=True)
 
         def grown(one: Response) -> Response:
             ids, given, finished = next(sampled)
@@ -196,7 +207,7 @@ class Flight:
             return Response(one.question, one.ids + ids, versions, one.logprobs + given[: len(ids)], finished)
 
         groups = tuple(tuple(grown(one) if self._is_open(one) else one for one in group) for group in state.groups)
-        return replace(state, groups=groups, sampled=len(rows))
+        return replace(state, groups=groups)
 
     def _taken(self, state: State) -> tuple[Batch, State]:
         """The groups that are complete, and what is left."""

@@ -252,19 +252,16 @@ class Loop:
             capacity=config.responses // processes,
             pad_id=self.renderer.pad_id,
             stream=lambda first, last: self.visited(first * processes, last * processes),
-            generate=lambda prompts, tokens, name: self.generate(
+            generate=lambda prompts, tokens, name: self.engine.generate(
                 prompts, replace(self.sampling(name), max_tokens=tokens)
             ),
+            rest=self.engine.rest,
         )
 
     def sample(self, questions: Sequence[Question], name: str) -> Samples:
         """One response per question; every process draws its own."""
-        return self.generate([one.ids for one in questions], self.sampling(name))
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
-        """Samples, and leaves the GPU to what follows."""
-        samples = self.engine.generate(prompts, sampling)
-        self.engine.rest()
+        samples = self.engine.generate([one.ids for one in questions], self.sampling(name))
+        self.engine.rest()  # the GPU is left to what follows
         return samples
 
     def sampling(self, name: str) -> Sampling:

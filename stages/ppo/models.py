@@ -20,7 +20,7 @@ from align.models.opened import Opened, open_policy, open_reward
 from align.models.packed import pack
 from align.models.roles import Role, causal_role, offloaded, reward_role
 from align.models.value import critic_from_policy, critic_from_reward, shared_head
-from align.training.trainer import training_dtype
+from align.training.precision import training_dtype
 from stages.ppo.config import Config
 from stages.ppo.layout import Layout, layout
 

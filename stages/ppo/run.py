@@ -35,8 +35,8 @@ from align.rewards.functions import call_function, load_function
 from align.rewards.remote import RemoteReward
 from align.rewards.settings import RewardTerm
 from align.training.masked import Processes
+from align.training.precision import training_dtype
 from align.training.rows import TokenRow, demonstration_row, load_rows
-from align.training.trainer import training_dtype
 from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
 from stages.ppo.models import Models, open_models
@@ -137,6 +137,7 @@ def new_engine(config: Config, context: Context, policy: Opened, max_length: int
         what,
         notice=lambda text: console.print(f"  rollouts: {escape(text)}"),
         log=context.directory / "vllm.log",
+        end=context.abort,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from datasets import Dataset as RowDataset
 from transformers import set_seed
@@ -11,10 +12,10 @@ from trl import SFTConfig, SFTTrainer
 from align.context import Context
 from align.data.rows import Prompt
 from align.evaluation.likelihood import token_loss
-from align.evaluation.stage import evaluate_stage, held_out_prompts, sampler
-from align.generation.transformers_engine import TransformersEngine
+from align.evaluation.stage import evaluate_model, held_out_prompts, sampler
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
+from align.models.load import local_folder
 from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import commit_policy, open_policy
 from align.models.roles import causal_role
@@ -60,8 +61,8 @@ def run(config: Config, context: Context) -> StageResult:
     loss = {"held_out_loss": token_loss(causal_role(model), held_out, opened.renderer.pad_id)} if held_out else {}
     probes = [row["input_ids"] for row in (held_out or train)[:NUM_PROBES]]
     trained = trainable_parameters(model)
-    engine = TransformersEngine(model, evaluation.batch_size)
-    metrics = evaluate_stage(context, evaluation, engine, causal_role(model), opened.renderer, prompts)
+    folder = Path(local_folder(context.input("policy")))
+    metrics = evaluate_model(context, evaluation, model, folder, opened.renderer, prompts)
     _, handover = commit_policy(context.commit_model(), model, opened, probes)
     counts = {"rows": len(train), "rows_too_long": too_long, "rows_skipped": len(dataset.report.skipped)}
     return StageResult({**metrics, **loss, "trained_parameters": trained, **counts}, handover)

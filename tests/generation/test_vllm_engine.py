@@ -293,7 +293,7 @@ def opened(engine: str, model: Any, folder: Path) -> tuple[RolloutEngine, list[s
 
 
 def test_a_model_that_vllm_cannot_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"rollout.engine vllm cannot run .*head"):
+    with pytest.raises(ConfigError, match=r"engine vllm cannot run .*head"):
         opened("vllm", narrow(tmp_path), tmp_path)
 
 
@@ -307,3 +307,40 @@ def test_auto_takes_vllm_where_it_can(tmp_path):
     engine, notices = opened("auto", make_model(tmp_path, "llama", True, FLOAT), tmp_path)
     with closing(engine):
         assert (engine.name, notices) == ("vllm", [])
+
+
+def test_an_engine_that_fails_is_started_again(monkeypatch, tmp_path):
+    """In the middle of sampling, on the policy as it is by then, and samples the same; one restart is allowed, so a
+    second failure in a row is the end. (A new engine tries itself with a single request, which does not fail.)"""
+    model, notices = make_model(tmp_path, "llama", True, FLOAT), []
+    what = Sampled(model, tmp_path, FLOAT, max_length=32, batch_size=4)
+    settings = EngineSettings(engine="vllm", max_restarts=1)
+    with closing(open_engine(settings, what, notice=notices.append)) as engine:
+        kind = type(engine._engine.llm.llm_engine)  # type: ignore[attr-defined]
+        failures, step = 0, kind.step
+
+        def planted(inner: Any) -> Any:
+            nonlocal failures
+            if failures and inner.get_num_unfinished_requests() > 1:
+                failures -= 1
+                raise ZeroDivisionError("planted")
+            return step(inner)
+
+        monkeypatch.setattr(kind, "step", planted)
+        optimise(model, 3)
+        engine.sync()
+        expected = engine.generate(PROMPTS, sampling()).rows()
+        failures = 1
+        assert engine.generate(PROMPTS, sampling()).rows() == expected
+        assert notices == ["sampling with vLLM failed: ZeroDivisionError: planted; starting it again"]
+        assert not engine.differing()
+        failures = 2
+        with pytest.raises(RolloutError, match="sampling with vLLM failed: ZeroDivisionError: planted"):
+            engine.generate(PROMPTS, sampling())
+        assert len(notices) == 2
+
+
+def test_a_prompt_that_does_not_fit_is_refused(llama):
+    _, engine = llama
+    with pytest.raises(ConfigError, match="a prompt of 190 tokens and a response of 12 do not fit the engine's 192"):
+        engine.generate([[5] * 190], sampling())

@@ -18,6 +18,13 @@ LORA = {"rank": 4, "alpha": 8}
         (Config, {"rollout": {"round_tokens": 100}}, "rollout.round_tokens", "256 is not two or more times 100"),
         (Config, {"rollout": {"round_tokens": 256}}, "rollout.round_tokens", "choose a part of it"),
         (Config, {"rollout": {"max_staleness": 2}}, "rollout.max_staleness", "without rollout.round_tokens"),
+        (Config, {"rollout": {"until_ended": 0.9}}, "rollout.until_ended", "without rollout.round_tokens"),
+        (
+            Config,
+            {"rollout": {"round_tokens": 64, "until_ended": 1}},
+            "rollout.until_ended",
+            "waits for every response",
+        ),
         (
             Config,
             {"rollout": {"round_tokens": 64, "max_staleness": 3}},
@@ -68,7 +75,7 @@ def test_contradictions_are_refused(config, given, key, what):
 @pytest.mark.parametrize(
     "rollout",
     [
-        {"round_tokens": 64, "max_staleness": 2},
+        {"round_tokens": 64, "max_staleness": 2, "until_ended": 0.8},
         {"engine": "vllm-server", "overlap": True},
         {"engine": "vllm-server", "overlap": True, "round_tokens": 128},
     ],

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from align.models.roles import causal_role
+from align.models.roles import causal_role, position_ids
 from align.training import logprobs
-from align.training.logprobs import position_ids, response_states, state_logprobs, state_values
+from align.training.logprobs import response_states, state_logprobs, state_values
 from tests.ppo.table_model import TableModel
 
 

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Run:
     policy: Input
     settings: dict[str, Any]
     seed: int = 0
-    evaluation_data: str | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> TrainingSettings:
         return importlib.import_module(f"stages.{self.kind}.config").Config.model_validate(self.settings)
@@ -69,7 +69,7 @@ class Run:
             directory=str(self.directory),
             config=self.settings,
             inputs={"policy": self.policy},
-            evaluation={"prompts": 4, "max_response_tokens": 6, "data": self.evaluation_data},
+            evaluation={"prompts": 4, "max_response_tokens": 6, **self.evaluation},
             track=[],
             identity={},
         )

@@ -200,4 +200,4 @@ def test_no_stage_trains_on_a_prompt_that_policies_are_measured_on(kind, new_run
     measured = tmp_path / "measured.jsonl"
     measured.write_text(json.dumps({"prompt": train[0].messages[0]["content"] + " "}) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"measured.jsonl:1: this evaluation prompt is also trained on, at .*jsonl:\d+"):
-        replace(run, evaluation_data=str(measured))()
+        replace(run, evaluation={"data": str(measured)})()

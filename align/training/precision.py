@@ -1,0 +1,13 @@
+"""What a recipe's `precision` means here. Apart from the trainers, which are slow to import and large."""
+
+from __future__ import annotations
+
+import torch
+
+
+def training_dtype(precision: str) -> torch.dtype:
+    """The dtype of the forward pass for a recipe's `precision`."""
+    if precision == "auto":
+        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if supported else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
