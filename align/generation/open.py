@@ -61,10 +61,11 @@ def open_engine(
             )
         notice("transformers, because vLLM is not installed")
         return TransformersEngine(what.policy, what.batch_size)
+    watchdog = Watchdog(settings.timeout, end)
     if settings.engine == "vllm-server":
-        return _server(settings, what, notice, log)
+        return _server(settings, what, watchdog, notice, log)
     try:
-        return RestartingEngine(lambda: _in_process(settings, what, end), settings.max_restarts, notice)
+        return RestartingEngine(lambda: _in_process(settings, what, watchdog), settings.max_restarts, notice)
     except CannotRun as error:
         if settings.engine != "auto":
             raise
@@ -72,7 +73,7 @@ def open_engine(
         return TransformersEngine(what.policy, what.batch_size)
 
 
-def _in_process(settings: EngineSettings, what: Sampled, end: Callable[[RolloutError], None]) -> RolloutEngine:
+def _in_process(settings: EngineSettings, what: Sampled, watchdog: Watchdog) -> RolloutEngine:
     from align.generation.vllm_engine import VllmEngine  # optional, and takes seconds
 
     return VllmEngine(
@@ -84,11 +85,13 @@ def _in_process(settings: EngineSettings, what: Sampled, end: Callable[[RolloutE
         kv_cache_bytes=settings.kv_cache_bytes,
         gpu_memory=settings.gpu_memory,
         sleep=settings.sleep,
-        watchdog=Watchdog(settings.timeout, end),
+        watchdog=watchdog,
     )
 
 
-def _server(settings: EngineSettings, what: Sampled, notice: Callable[[str], None], log: Path | None) -> RolloutEngine:
+def _server(
+    settings: EngineSettings, what: Sampled, watchdog: Watchdog, notice: Callable[[str], None], log: Path | None
+) -> RolloutEngine:
     from align.generation.vllm_server import Timeouts, VllmServerEngine
 
     return VllmServerEngine(
@@ -103,6 +106,7 @@ def _server(settings: EngineSettings, what: Sampled, notice: Callable[[str], Non
         gpu=settings.server_gpu,
         transport=settings.transport,
         timeouts=Timeouts(settings.timeout, settings.timeout, settings.timeout),
+        watchdog=watchdog,
         max_restarts=settings.max_restarts,
         keeps_policy=what.changes_meanwhile,
         notice=notice,

@@ -52,6 +52,31 @@ def engine_options(
     return options | {"kv_cache_memory_bytes": kv_cache_bytes or needed}
 
 
+def server_options(transport: str) -> dict[str, Any]:
+    """What a server is told beyond what every engine is."""
+    options: dict[str, Any] = {
+        "worker_extension_cls": "align.generation.vllm_worker.WeightReceiver",
+        "middleware": "align.generation.vllm_launch.Guard",
+        "tokens_only": True,
+        "disable_uvicorn_access_log": True,
+    }
+    if transport == "nccl" or (transport == "auto" and torch.cuda.is_available()):
+        options["weight_transfer_config"] = '{"backend": "nccl"}'
+    return options
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """Options as vLLM's command line takes them."""
+    flags = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags.append(f"--{flag}={value}")
+    return flags
+
+
 def cpu_options(max_length: int) -> dict[str, Any]:
     """What is added on a CPU. Compiling a model takes half a minute. And prompts are read whole: for one that is read
     in parts vLLM rewinds the request's random generator, which only CUDA's can."""

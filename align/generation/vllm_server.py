@@ -27,13 +27,11 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
 
-import httpx
 import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from align.data.faults import escaped
-from align.errors import ConfigError, NumericError, RolloutError
+from align.errors import ConfigError, RolloutError
 from align.generation.engine import Samples, Sampling
 from align.generation.transport import (
     WAYS,
@@ -44,20 +42,16 @@ from align.generation.transport import (
     own_gpu,
     visible_gpu,
 )
+from align.generation.vllm_client import Response, Unavailable, VllmClient, to_samples
 from align.generation.vllm_launch import KEY_VARIABLE
-from align.generation.vllm_options import check_length, engine_options, group_repeats, sampling_options
+from align.generation.vllm_options import check_length, engine_options, flags, group_repeats, server_options
 from align.generation.vllm_process import ServerProcess
+from align.generation.watchdog import Watchdog
 
 Result = TypeVar("Result")
 
 MOST_REQUESTS = 256
 """Requests under way at a time."""
-
-UNKNOWN = -9999.0
-"""What the server sends for a log-probability that is not finite: JSON has no number for it."""
-
-LONGEST_MESSAGE = 500
-"""Characters of what a server says that go into an error."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +87,7 @@ class VllmServerEngine:
         gpu: int | None = None,
         transport: str = "auto",
         timeouts: Timeouts = Timeouts(),
+        watchdog: Watchdog | None = None,
         max_restarts: int = 3,
         keeps_policy: bool = False,
         log: Path | None = None,
@@ -104,7 +99,8 @@ class VllmServerEngine:
         by their names in a saved model, tied ones once or twice. `max_length` tokens, prompt and response, fit a
         sequence, `max_sequences` are computed at a time. On a CPU the cache of keys and values takes `kv_cache_bytes`,
         by default as many as all sequences need; on a GPU the engine takes the share `gpu_memory` of it. `gpu` is the
-        number of the GPU that it runs on, among ours; weights go there by the way `transport` (choose_transport).
+        number of the GPU that it runs on, among ours; weights go there by the way `transport` (choose_transport). The
+        `watchdog` ends this process when it hangs in NCCL, which has no timeout.
 
         A server that fails is started again at most `max_restarts` times in a row; `notice` is given a line about each.
         It is given the policy as it is then; with `keeps_policy` as it was at the last `sync`, of which a copy is kept
@@ -117,6 +113,7 @@ class VllmServerEngine:
         if transport in {"ipc", "nccl"} and own_gpu() is None:
             raise ConfigError(f"rollout.transport {transport}: the policy is on the CPU; use auto or memory")
         self._weights, self.dtype = weights, dtype
+        self._watchdog = watchdog or Watchdog(timeouts.sync)
         self._keeps_policy = keeps_policy
         self._kept: dict[str, Tensor] = {}
         self.max_length, self.max_sequences = max_length, max_sequences
@@ -134,13 +131,13 @@ class VllmServerEngine:
             gpu_memory=gpu_memory,
             seed=seed,
         )
-        self._options = _flags(options | _server_options(transport))
+        self._options = flags(options | server_options(transport))
         self._environment = {"HF_HUB_OFFLINE": "1"} if folder.is_dir() else {}
         if gpu is not None:
             visible = visible_gpu(gpu, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
             self._environment["CUDA_VISIBLE_DEVICES"] = visible
         self.server: ServerProcess | None = None
-        self._client: httpx.Client | None = None
+        self._client: VllmClient | None = None
         self._transport: Transport | None = None
         self._sender: Any = None
         self._is_current = self._is_closed = False
@@ -151,7 +148,7 @@ class VllmServerEngine:
         try:
             self._start()
             self.sync()
-        except _Unavailable as failure:  # of the first start: it is not tried again, the settings may be wrong
+        except Unavailable as failure:  # of the first start: it is not tried again, the settings may be wrong
             error = self._given_up(failure)
             self.close()
             raise error from None
@@ -173,11 +170,8 @@ class VllmServerEngine:
         computes what is not finite.
         """
         check_length(prompts, sampling, self.max_length)
-        bodies = [
-            _request(ids, count, sampling, number)
-            for number, (ids, count) in enumerate(_at_most(group_repeats(prompts), self.max_sequences))
-        ]
-        answers = self._surviving(lambda: self._ask(bodies))
+        groups = list(_at_most(group_repeats(prompts), self.max_sequences))
+        answers = self._surviving(lambda: self._ask(groups, sampling))
         return to_samples([one for answer in answers for one in answer], sampling)
 
     def sync(self) -> None:
@@ -214,7 +208,7 @@ class VllmServerEngine:
                 if not self._is_current:
                     self._send_weights()
                 return action()
-            except _Unavailable as failure:
+            except Unavailable as failure:
                 if self._is_closed:
                     raise RolloutError("the vLLM server was ended while it sampled") from None
                 if not restarts_left:
@@ -223,7 +217,7 @@ class VllmServerEngine:
                 self._notice(f"the vLLM server {failure}; starting it again")
         raise AssertionError("unreachable")
 
-    def _given_up(self, failure: _Unavailable) -> RolloutError:
+    def _given_up(self, failure: Unavailable) -> RolloutError:
         """Ends the server; the error has its last words, if it is ours."""
         end = "" if self.server is None else f"; its log {self.log} ends:\n{self.server.last_lines()}"
         self._removes_log = False  # it is worth keeping
@@ -236,27 +230,17 @@ class VllmServerEngine:
             self.server = ServerProcess(self._options, self.log, self._environment)
             self._starter.submit(self.server.start).result()
         key = self.server.key if self.server else os.environ.get(KEY_VARIABLE, "")
-        address = self.server.address if self.server else self._address or ""
-        self._client = httpx.Client(
-            base_url=address,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            trust_env=False,
-            limits=httpx.Limits(max_connections=None),
-        )
+        self._client = VllmClient(self.server.address if self.server else self._address or "", key)
         end = time.monotonic() + self.timeouts.start
         while not self._is_ready():
             if time.monotonic() > end:
-                raise _Unavailable(f"was not ready within {self.timeouts.start:g} s")
+                raise Unavailable(f"was not ready within {self.timeouts.start:g} s")
             time.sleep(0.25)
 
     def _is_ready(self) -> bool:
         if self.server and self.server.exit_code is not None:
-            raise _Unavailable(f"ended while it started (exit code {self.server.exit_code})")
-        try:
-            self._call("GET", "/health", None, timeout=5.0)
-        except _Unavailable:
-            return False
-        return True
+            raise Unavailable(f"ended while it started (exit code {self.server.exit_code})")
+        return self.client.is_ready()
 
     def _kill(self) -> None:
         """Ends the server, and with it all that waits for it. One of somebody else's is left by itself."""
@@ -268,17 +252,26 @@ class VllmServerEngine:
             self.server = self._client = self._sender = None  # the way stays: a new server is where the old one was
             self._is_current = False
 
-    def _ask(self, bodies: Sequence[dict[str, Any]]) -> list[list[_Response]]:
-        """The responses to each request."""
-        most = max(body["sampling_params"]["n"] for body in bodies)
+    @property
+    def client(self) -> VllmClient:
+        """Who asks the server. Raises Unavailable when that was ended."""
+        if self._client is None:
+            raise Unavailable("was ended")
+        return self._client
+
+    def _ask(self, groups: Sequence[tuple[Sequence[int], int]], sampling: Sampling) -> list[list[Response]]:
+        """The responses to each prompt that is asked so often."""
+        most = max(count for _, count in groups)
         under_way = max(1, 2 * self.max_sequences // most)  # twice what is computed: the server never waits for us
-        pool = ThreadPoolExecutor(min(under_way, MOST_REQUESTS, len(bodies)))
+        pool = ThreadPoolExecutor(min(under_way, MOST_REQUESTS, len(groups)))
         try:
-            answers = [pool.submit(self._complete, body) for body in bodies]
+            answers = [
+                pool.submit(self._sample, ids, count, sampling, number) for number, (ids, count) in enumerate(groups)
+            ]
             for answer in wait(answers, return_when=FIRST_EXCEPTION).done:
                 answer.result()  # raises what went wrong first, while others are still under way
             return [answer.result() for answer in answers]
-        except _Unavailable:
+        except Unavailable:
             raise
         except BaseException:  # what is left of a round that was broken off would be in the way of the next one
             self._kill()
@@ -286,27 +279,19 @@ class VllmServerEngine:
         finally:  # without waiting: requests to a server that hangs end when it is killed
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _complete(self, body: dict[str, Any]) -> list[_Response]:
-        answer = self._call("POST", "/inference/v1/generate", body, self.timeouts.answer)
-        try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            responses = [_response(choice) for choice in choices]
-        except (KeyError, TypeError, ValueError) as error:
-            raise RolloutError(f"the vLLM server answered something else than responses ({error!r})") from None
-        if len(responses) != body["sampling_params"]["n"]:
-            raise RolloutError(f"the vLLM server gave {len(responses)} responses to {body['sampling_params']['n']}")
-        return responses
+    def _sample(self, ids: Sequence[int], count: int, sampling: Sampling, number: int) -> list[Response]:
+        return self.client.sample(ids, count, sampling, number, self.timeouts.answer)
 
     def _send_weights(self) -> None:
         if self._transport is None:
-            places = self._ask_workers("align_place")
+            places = self.client.ask_workers("align_place", timeout=self.timeouts.sync)
             self._transport = choose_transport(self._asked, own_gpu(), places)
         if self._transport == "nccl":
             self._send_by_nccl()
         else:
             self._send_in_buckets(self._transport)
-        if not self._call("POST", "/reset_prefix_cache", None, self.timeouts.sync).get("success"):
-            raise _Unavailable("kept what it computed with older weights")
+        if not self.client.call("POST", "/reset_prefix_cache", None, self.timeouts.sync).get("success"):
+            raise Unavailable("kept what it computed with older weights")
         self._is_current = True
 
     def _policy(self) -> Iterable[tuple[str, Tensor]]:
@@ -318,84 +303,22 @@ class VllmServerEngine:
         device = "cuda" if transport == "ipc" else "cpu"
         for number, bucket in enumerate(buckets(self._policy(), self.dtype, device)):
             with offered(bucket, transport) as (method, offer):
-                replies = self._ask_workers(method, offer, number == 0)
+                replies = self.client.ask_workers(method, offer, number == 0, timeout=self.timeouts.sync)
             missing = sorted({name for reply in replies for name in reply["missing"]})
         if missing:
             raise RolloutError(f"the vLLM server was not given {', '.join(missing[:5])} (of {len(missing)} weights)")
-
-    def _ask_workers(self, method: str, *arguments: Any) -> list[dict[str, Any]]:
-        """What each worker answers. Raises RolloutError when one answers an error, or there is none of ours."""
-        call = {"method": method, "args": arguments}
-        answer = self._call("POST", "/collective_rpc", call, self.timeouts.sync)
-        replies = answer.get("results") or [{"error": "no answer: was it started with our worker extension?"}]
-        if errors := [reply["error"] for reply in replies if "error" in reply]:
-            raise RolloutError(f"the vLLM server does not take the weights: {_short(errors[0])}")
-        return replies
 
     def _send_by_nccl(self) -> None:
         from align.generation.vllm_nccl import connect
 
         if self._sender is None:
-            size = self._call("GET", "/get_world_size", None, self.timeouts.sync)["world_size"]
-            self._sender = connect(
-                lambda path, body: self._call("POST", path, body, self.timeouts.sync), self._policy, self.dtype, size
-            )
-        self._sender.send_weights()
+            size = self.client.call("GET", "/get_world_size", None, self.timeouts.sync)["world_size"]
+            self._sender = connect(self._post, self._policy, self.dtype, size)
+        with self._watchdog.watching("sending weights by NCCL"):  # of which this process is a part
+            self._sender.send_weights()
 
-    def _call(self, method: str, path: str, body: Any, timeout: float) -> dict[str, Any]:
-        """The server's answer. Raises _Unavailable where another try may help, else RolloutError."""
-        client = self._client
-        if client is None:
-            raise _Unavailable("was ended")
-        try:
-            response = client.request(method, path, json=body, timeout=timeout)
-        except httpx.TimeoutException:
-            raise _Unavailable(f"did not answer within {timeout:g} s") from None
-        except (httpx.TransportError, RuntimeError) as error:  # RuntimeError: closed while under way
-            raise _Unavailable(f"broke off the connection ({type(error).__name__})") from None
-        if response.status_code >= 500:
-            raise _Unavailable(f"answered {response.status_code}: {_short(response.text)}")
-        if not response.is_success:
-            hint = f" (the key is read from {KEY_VARIABLE})" if response.status_code == 401 else ""
-            raise RolloutError(f"the vLLM server answered {response.status_code}{hint}: {_short(response.text)}")
-        if not response.content:
-            return {}
-        try:
-            return response.json()
-        except ValueError:
-            raise RolloutError("the vLLM server answered something that is not JSON") from None
-
-
-class _Unavailable(Exception):
-    """The server failed, and another may not."""
-
-
-@dataclass(frozen=True)
-class _Response:
-    ids: list[int]
-    logprobs: list[float]
-
-
-def to_samples(responses: Sequence[_Response], sampling: Sampling) -> Samples:
-    """Responses as padded tensors. Raises NumericError for a log-probability that is not finite."""
-    if any(value <= UNKNOWN for one in responses for value in one.logprobs):
-        raise NumericError("rollout: log-probabilities of sampled tokens are not finite: the policy has diverged")
-    finished = [one.ids[-1] in sampling.stop_ids for one in responses]
-    return Samples.of([one.ids for one in responses], [one.logprobs for one in responses], finished, sampling.pad_id)
-
-
-def _request(ids: Sequence[int], count: int, sampling: Sampling, number: int) -> dict[str, Any]:
-    return {"token_ids": list(ids), "sampling_params": sampling_options(sampling, count, number)}
-
-
-def _response(choice: dict[str, Any]) -> _Response:
-    """Raises KeyError, TypeError or ValueError for what is none, _Unavailable for one that the server gave up."""
-    if choice["finish_reason"] not in {"stop", "length"}:
-        raise _Unavailable(f"gave up a response ({_short(str(choice['finish_reason']))})")
-    tokens = choice["logprobs"]["content"]
-    if not tokens or [token["token_id"] for token in tokens] != choice["token_ids"]:
-        raise ValueError("token ids and their log-probabilities differ")
-    return _Response(choice["token_ids"], [float(token["logprob"]) for token in tokens])
+    def _post(self, path: str, body: Any) -> dict[str, Any]:
+        return self.client.call("POST", path, body, self.timeouts.sync)
 
 
 def _at_most(groups: Sequence[tuple[Sequence[int], int]], most: int) -> Iterator[tuple[Sequence[int], int]]:
@@ -405,36 +328,7 @@ def _at_most(groups: Sequence[tuple[Sequence[int], int]], most: int) -> Iterator
             yield ids, min(most, count - first)
 
 
-def _server_options(transport: str) -> dict[str, Any]:
-    """What a server is told beyond what every engine is."""
-    options: dict[str, Any] = {
-        "worker_extension_cls": "align.generation.vllm_worker.WeightReceiver",
-        "middleware": "align.generation.vllm_launch.Guard",
-        "tokens_only": True,
-        "disable_uvicorn_access_log": True,
-    }
-    if transport == "nccl" or (transport == "auto" and torch.cuda.is_available()):
-        options["weight_transfer_config"] = '{"backend": "nccl"}'
-    return options
-
-
-def _flags(options: dict[str, Any]) -> list[str]:
-    """Options as vLLM's command line takes them."""
-    flags = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags.append(f"--{flag}={value}")
-    return flags
-
-
 def _temporary_log() -> Path:
     number, name = tempfile.mkstemp(prefix="align-vllm-", suffix=".log")
     os.close(number)
     return Path(name)
-
-
-def _short(text: str) -> str:
-    return escaped(text[:LONGEST_MESSAGE])

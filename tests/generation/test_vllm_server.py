@@ -28,8 +28,9 @@ from align.errors import ConfigError, NumericError, RolloutError
 from align.generation.engine import Samples, Sampling
 from align.generation.open import Sampled, open_engine
 from align.generation.transport import buckets
+from align.generation.vllm_client import Response, to_samples
 from align.generation.vllm_process import ServerProcess, wait_gone
-from align.generation.vllm_server import Timeouts, VllmServerEngine, _Response, to_samples
+from align.generation.vllm_server import Timeouts, VllmServerEngine
 from align.recipe.settings import EngineSettings
 from tests.generation.conftest import END_OF_TURN, EOS, PAD
 
@@ -266,21 +267,21 @@ def test_a_server_that_fails_in_a_round_changes_nothing(fault, served, monkeypat
     without the fault, from a server that was given the policy again, and nothing of the old one is left."""
     served.change(7)
     expected = served.engine.generate(PROMPTS, sampling())
-    old, complete, answered = served.engine.server, served.engine._complete, []
+    old, sample, answered = served.engine.server, served.engine._sample, []
 
-    def failing(body):
+    def failing(*asked):
         if len(answered) == 3:
             fault(old)
             served.engine.timeouts = Timeouts(PATIENT.start, 3.0, PATIENT.sync)
-        answered.append(body)
-        return complete(body)
+        answered.append(asked)
+        return sample(*asked)
 
     def patient_again(text):
         served.notices.append(text)
         served.engine.timeouts = PATIENT
 
     processes = old.members()
-    monkeypatch.setattr(served.engine, "_complete", failing)
+    monkeypatch.setattr(served.engine, "_sample", failing)
     monkeypatch.setattr(served.engine, "_notice", patient_again)
     samples = served.engine.generate(PROMPTS, sampling())
     assert len(served.notices) == 1 and "starting it again" in served.notices.pop()
@@ -326,14 +327,14 @@ def test_a_server_that_samples_ahead_fails_while_the_policy_changes(untied, monk
     new = engine.server
     assert engine.generate(PROMPTS, sampling()).rows() == expected
     assert engine.server is new is not old and not untied.notices
-    complete, is_under_way, is_closed = engine._complete, threading.Event(), threading.Event()
+    sample, is_under_way, is_closed = engine._sample, threading.Event(), threading.Event()
 
-    def late(body):
+    def late(*asked):
         is_under_way.set()
         is_closed.wait()
-        return complete(body)
+        return sample(*asked)
 
-    monkeypatch.setattr(engine, "_complete", late)
+    monkeypatch.setattr(engine, "_sample", late)
     with ThreadPoolExecutor(1) as pool:
         samples = pool.submit(engine.generate, PROMPTS, sampling())
         is_under_way.wait()
@@ -475,7 +476,7 @@ def test_a_server_that_is_not_there_is_waited_for_and_given_up(tmp_path):
 def test_what_is_not_finite_is_no_sample():
     """The server sends -9999 for NaN: JSON has no number for it."""
     with pytest.raises(NumericError, match="diverged"):
-        to_samples([_Response([5, EOS], [-1.0, -9999.0])], sampling())
+        to_samples([Response([5, EOS], [-1.0, -9999.0])], sampling())
 
 
 def test_tied_weights_may_be_given_twice():
