@@ -31,7 +31,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about Triton and torch, for vLLM's developers
     import vllm._custom_ops as vllm_ops
-    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm import LLM, SamplingParams
     from vllm.model_executor.layers import utils as vllm_layers
     from vllm.platforms import current_platform
 
@@ -170,7 +170,7 @@ class VllmEngine:
         except Exception as error:
             raise RolloutError(f"{what} failed: {type(error).__name__}: {_first_line(error)}") from error
 
-    def _finished(self) -> Iterator[RequestOutput]:
+    def _finished(self) -> Iterator[Any]:
         """Each request's output, in the order in which they end."""
         engine = self.llm.llm_engine
         while engine.has_unfinished_requests():
