@@ -49,6 +49,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
@@ -62,6 +63,8 @@ def main(directory: Path) -> int:
         os.environ.setdefault(name, value)
     # When imported (peft does) it warns of a missing CPU kernel that align does not use (align.models.quantised).
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Libraries import it where it is installed, and it then warns that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     die_with_parent(os.getppid())
     stop = StopFlag()
     stop.install()

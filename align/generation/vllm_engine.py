@@ -5,6 +5,7 @@ Import this module where the engine is opened: vLLM is optional, and importing i
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from align.generation.weights import HandOver
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # some of it speaks before it has read that
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about Triton and torch, for vLLM's developers
@@ -80,8 +82,9 @@ class VllmEngine:
             seed=seed,
         )
         self.max_length, self._watchdog = max_length, watchdog or Watchdog(DEFAULT_TIMEOUT)
+        quiet = warnings.catch_warnings(action="ignore")  # they are for vLLM's developers
         try:
-            with _plain_weights(), self._watchdog.watching("the start of vLLM"):
+            with quiet, _plain_weights(), self._watchdog.watching("the start of vLLM"):
                 self.llm = LLM(**options, skip_tokenizer_init=True, enable_sleep_mode=sleeps)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise _cannot_run(folder, error) from error
