@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes text atomically and durably (temporary file, fsync, rename, fsync of the folder)."""
+    write_lines(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes texts one after another, like `write_text`; all of them need not fit in memory."""
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,14 +59,16 @@ def write_text(path: Path, text: str) -> None:
         raise WriteError(f"{path.parent}: cannot make the folder: {error.strerror or error}") from error
     try:
         with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.writelines(lines)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
         _fsync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:  # of the disk, or of what gives the lines
         temporary.unlink(missing_ok=True)
-        raise WriteError(f"{path}: cannot write: {error.strerror or error}") from error
+        if isinstance(error, OSError):
+            raise WriteError(f"{path}: cannot write: {error.strerror or error}") from error
+        raise
 
 
 @contextmanager

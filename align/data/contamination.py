@@ -29,8 +29,15 @@ class Contamination:
 
     def reason(self, row: Row, key: bytes) -> str | None:
         """Why a row may not be trained on; None when it may."""
-        if key in self._prompts:
-            return f"its prompt is in an evaluation set, at {self._prompts[key]}"
+        return self.twin(key) or self.overlap(row)
+
+    def twin(self, key: bytes) -> str | None:
+        """Where a prompt with this key is measured on, in words."""
+        place = self._prompts.get(key)
+        return place and f"its prompt is in an evaluation set, at {place}"
+
+    def overlap(self, row: Row) -> str | None:
+        """Where a prompt that shares words with `row` is measured on, in words."""
         found = next((self._runs[run] for run in _runs(_prompt_text(row)) if run in self._runs), None)
         return found and f"its prompt shares {NUM_WORDS} words in a row with an evaluation set, at {found}"
 

@@ -64,7 +64,7 @@ def load(settings: DataSettings, role: Role) -> Dataset:
     parts = settings.parts()
     if wrong_names := _wrong_names(settings):
         raise DataError(wrong_names)
-    evaluated, contamination = _read_evaluated(settings.decontaminate)
+    evaluated, contamination = read_evaluated(settings.decontaminate)
     train = Found(role, contamination=contamination)
     ranges = {name: train.read(part.path, part) for name, part in parts.items()}
     held_out = Found(role, is_held_out=True)
@@ -94,7 +94,7 @@ def content_hash(settings: DataSettings) -> str:
     groups.append((settings.held_out_path, settings))
     groups += [(settings.decontaminate, ReadSettings())] if settings.decontaminate else []
     for paths, reading in groups:
-        files = list(_files(paths, reading.files))
+        files = list(data_files(paths, reading.files))
         # The count and digests of fixed size: no two divisions of the same bytes into files are alike.
         digest.update(len(files).to_bytes(8))
         for file in files:
@@ -104,7 +104,7 @@ def content_hash(settings: DataSettings) -> str:
                 with opened(file.path) as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())  # type: ignore[arg-type]
             except FileFault as fault:
-                raise DataError(_file_problem(file.name, fault)) from None
+                raise DataError(file_problem(file.name, fault)) from None
     return digest.hexdigest()
 
 
@@ -129,14 +129,14 @@ class Found:
     def read(self, paths: str | list[str] | None, settings: ReadSettings) -> range:
         """Reads files; gives the positions of their good rows."""
         start = len(self.rows)
-        for file in _files(paths, settings.files):
+        for file in data_files(paths, settings.files):
             if isinstance(file, Problem):
                 self.broken.append(file)
                 continue
             try:
                 self._read_file(file, settings)
             except FileFault as fault:
-                self.broken.append(_file_problem(file.name, fault))
+                self.broken.append(file_problem(file.name, fault))
         return range(start, len(self.rows))
 
     def _read_file(self, file: DataFile, settings: ReadSettings) -> None:
@@ -158,16 +158,16 @@ class Found:
         self.files.append(reader.report(self.is_held_out))
 
 
-def _files(paths: str | list[str] | None, pattern: str | None) -> Iterator[DataFile | Problem]:
+def data_files(paths: str | list[str] | None, pattern: str | None) -> Iterator[DataFile | Problem]:
     """The files that paths of the recipe stand for, in order, and what is wrong with those that stand for none."""
     for path in [paths] if isinstance(paths, str) else paths or []:
         try:
             yield from files_of(path, pattern)
         except FileFault as fault:
-            yield _file_problem(shown_path(Path(path)), fault)
+            yield file_problem(shown_path(Path(path)), fault)
 
 
-def _read_evaluated(paths: str | list[str] | None) -> tuple[Found | None, Contamination | None]:
+def read_evaluated(paths: str | list[str] | None) -> tuple[Found | None, Contamination | None]:
     """The evaluation sets that training rows are compared with."""
     if not paths:
         return None, None
@@ -242,5 +242,6 @@ def _raise_leaks(train: Found, held_out: Found) -> None:
         raise DataError(_summarised([leaks], "what is measured on must not be trained on"))
 
 
-def _file_problem(name: str, fault: FileFault) -> Problem:
+def file_problem(name: str, fault: FileFault) -> Problem:
+    """What is wrong with a whole file."""
     return Problem(name if fault.row is None else f"{name}:{fault.row}", fault.what, fault.hint)

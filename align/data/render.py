@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from align.data.files import RowProblem
 from align.data.rows import Message
-from align.errors import ArtifactError, DataError, Problem
+from align.errors import ArtifactError, DataError
 
 PAD_TOKEN = "<|pad|>"
 
@@ -84,9 +85,8 @@ class Renderer:
             is_answer = number % 2 == 1
             length = next((place + 1 for place, token in enumerate(segment) if token in self.stop_ids), 0)
             if is_answer and not length:
-                raise DataError(
-                    Problem(source, "the chat template does not end the assistant's turn with a stop token")
-                )
+                what = "the chat template does not end the assistant's turn with a stop token"
+                raise DataError(RowProblem(source, what, kind="missing EOS"))
             end = len(ids) + length
             ids += segment
             mask += [is_answer and place < length for place in range(len(segment))]
@@ -110,7 +110,8 @@ class Renderer:
             )
         except TemplateError as error:  # templates refuse roles and orders that they do not know
             what = f"the chat template refuses this conversation: {error}"
-            raise DataError(Problem(source or "prompt", what, "remove the turn, or data.template=plain")) from error
+            hint = "remove the turn, or data.template=plain"
+            raise DataError(RowProblem(source or "prompt", what, hint, "template refuses")) from error
 
     def _encode(self, text: str) -> list[int]:
         """Ids of text that is not a whole prompt, or whose template has written its BOS already."""
@@ -122,11 +123,12 @@ class Renderer:
         prefix = self._text(messages, source, add_generation_prompt)
         if not text.startswith(prefix):
             raise DataError(
-                Problem(
+                RowProblem(
                     source,
                     "the chat template is not prefix-stable: rendering the conversation up to a turn is not a prefix "
                     "of rendering it whole, so the loss mask would be wrong",
                     "use a template that does not rewrite earlier turns, or data.template=plain",
+                    "loss mask",
                 )
             )
         return len(prefix)
@@ -158,10 +160,11 @@ class Renderer:
             for text in self._control_texts:
                 if text in message["content"]:
                     raise DataError(
-                        Problem(
+                        RowProblem(
                             source or "prompt",
                             f"the text contains {text!r}, a control token of this tokenizer",
                             "remove it from the data; it would be read as the end or start of a turn",
+                            "control text",
                         )
                     )
 

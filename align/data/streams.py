@@ -31,13 +31,16 @@ def data_format(path: Path) -> str:
     return (path.with_suffix("") if compression(path) else path).suffix.lower()
 
 
-def version(path: Path) -> tuple[int, int, int]:
+Version = tuple[int, int, int]
+
+
+def version(path: Path) -> Version:
     """What is different once a file was written to: size, time and number of the file."""
     facts = path.stat()
     return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
-def refuse_change(path: Path, before: tuple[int, int, int]) -> None:
+def refuse_change(path: Path, before: Version) -> None:
     """Raises FileFault if the file was written to since it had the version `before`."""
     if version(path) != before:
         raise FileFault("the file was changed while it was read", "run again when nothing writes to it")

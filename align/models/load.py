@@ -17,11 +17,10 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
-from align.data.render import PAD_TOKEN
+from align.data.tokenizer import tokenizer_of
 from align.errors import ArtifactError
 from align.job import Input
 
@@ -55,16 +54,9 @@ def local_folder(source: Input) -> str:
 
 
 def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
-    """The tokenizer of an input, with a PAD token of its own.
-
-    PAD must differ from EOS: sequence classification pools at the last token that is not PAD, and collators mask PAD.
-    A new PAD needs no embedding row that is ever read, because masks come from lengths.
-    """
+    """The tokenizer of an input, with a PAD token of its own."""
     with _explained(source):
-        tokenizer = AutoTokenizer.from_pretrained(local_folder(source), trust_remote_code=source.trust_remote_code)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    return tokenizer
+        return tokenizer_of(local_folder(source), trust_remote_code=source.trust_remote_code)
 
 
 def load_policy(
