@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from align.cli import app, main
 from align.errors import ArtifactError, ConfigError, Interrupted, Problem
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
 
 
@@ -38,6 +40,9 @@ def run(monkeypatch, raised: BaseException | None, *arguments: str) -> int | str
         ["show", "ppo", "--json"],
         ["env"],
         ["init", "--list"],
+        ["data", "check", f"{CONFIGS}/demo/heldout.jsonl"],
+        ["data", "show", f"{CONFIGS}/demo/heldout.jsonl", "--row", "1"],
+        ["data", "card", "demo-heldout", "--check", "--cards", f"{CONFIGS}/../data_cards", "--root", f"{CONFIGS}"],
     ],
     ids=" ".join,
 )

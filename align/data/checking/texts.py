@@ -53,9 +53,11 @@ def is_card_number(text: str) -> bool:
 
 def script(said: Sequence[str]) -> str:
     """The script of most of the first letters, such as `latin`; empty without letters."""
+    if all(map(str.isascii, said)):  # most texts, so it is worth being fast
+        return "latin" if any(letter.isalpha() for text in said for letter in text) else ""
     letters = list(islice((letter for text in said for letter in text if letter.isalpha()), LETTERS))
-    if all(map(str.isascii, letters)):
-        return "latin" if letters else ""
+    if not letters:
+        return ""
     names = (unicodedata.name(letter, "UNKNOWN").split(" ")[0] for letter in letters)
     ((most, _),) = Counter("CJK" if name in JAPANESE else name for name in names).most_common(1)
     return most.lower()

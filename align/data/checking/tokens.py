@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from math import ceil
 from typing import Any
 
 from align.data.checking.findings import Findings, Severity
@@ -11,6 +12,7 @@ from align.data.render import Renderer
 from align.data.rows import Demonstration, Document, Judgement, Prompt, Row
 from align.errors import DataError, Problem
 
+SHARES = {"median": 0.5, "p95": 0.95, "max": 1}
 NO_LIMIT = 10**9
 """Tokenizers without a longest text give a number above this."""
 
@@ -87,8 +89,8 @@ class Tokens:
 
 
 def _quantiles(values: array[int]) -> dict[str, int] | None:
-    """The median, what 95 % do not exceed, and the largest."""
+    """What half of them, 95 % of them and all do not exceed."""
     if not values:
         return None
     ordered = sorted(values)
-    return {"median": ordered[len(ordered) // 2], "p95": ordered[int(0.95 * (len(ordered) - 1))], "max": ordered[-1]}
+    return {name: ordered[ceil(share * len(ordered)) - 1] for name, share in SHARES.items()}
