@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 
 from align.cli import app
 from align.cli.row import render_row, visible
+from align.data.checking.check import Order, check
+from align.data.checking.clean import write_clean
 from align.data.load import load
 from align.data.render import Renderer
 from align.data.rows import Demonstration, Document
-from align.errors import AlignError
+from align.errors import AlignError, DataError
 from align.recipe.settings import DataSettings, Role
 from tests.data.test_render import make_tokenizer
 
@@ -133,6 +135,16 @@ def test_fix_overwrites_nothing(taken: str) -> None:
     Path(taken).write_text("mine")
     assert "already exists" in align("check", "a.jsonl", "--fix", "clean.jsonl", code=2)
     assert Path(taken).read_text() == "mine"
+
+
+def test_fix_refuses_a_file_that_was_changed_since_it_was_checked() -> None:
+    """Findings go by position, so they would be those of other rows. Nothing is written."""
+    order = Order([write("a.jsonl", pair(1), pair(2))], Role.PREFERENCES)
+    checked = check(order, lambda number: None)
+    write("a.jsonl", pair(3))
+    with pytest.raises(DataError, match="the file was changed"):
+        write_clean(order, checked, Path("clean.jsonl"), lambda number: None)
+    assert [path.name for path in Path().iterdir()] == ["a.jsonl"]
 
 
 def test_fix_writes_jsonl_only() -> None:

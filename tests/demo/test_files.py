@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from align.data.cards import HEADINGS, check_card, check_cards, read_card
+from align.data.cards import HEADINGS, check_card, check_cards, read_card, size_category
 from align.data.load import load
 from align.demo import world
 from align.demo.files import SIZES, make_files, write_files
@@ -95,7 +95,8 @@ def write_card(folder: Path, **changes: object) -> Path:
     }
     prose = "".join(f"\n## {heading}\nText.\n" for heading in HEADINGS)
     card = folder / "card.md"
-    card.write_text(f"---\nlanguage: [en]\nalign: {json.dumps(facts)}\n---\n{prose}")
+    front = "pretty_name: A\nlanguage: [en]\nlicense: mit\nannotations_creators: [found]\nsize_categories: [n<1K]\n"
+    card.write_text(f"---\n{front}align: {json.dumps(facts)}\n---\n{prose}")
     return card
 
 
@@ -116,6 +117,15 @@ def test_a_card_that_disagrees_with_its_file(tmp_path, changes, message):
     """Each fact is checked against the bytes."""
     (problem,) = check_card(write_card(tmp_path, **changes), tmp_path / "configs")
     assert message in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [(1, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"), (10**6, "1M<n<10M"), (10**9, "1B<n<10B")],
+)
+def test_names_of_sizes(rows, name):
+    """Powers of ten, the lower one included."""
+    assert size_category(rows) == name
 
 
 def test_a_card_without_a_heading(tmp_path):
