@@ -39,7 +39,7 @@ def test_every_command_exists() -> None:
     verbs = set(re.findall(r"^    (?:\$ )?align (\w+)", README, re.MULTILINE))
     assert {"run", "plan", "show", "lineage", "init", "env"} <= verbs
     commands = {(command.name or command.callback.__name__) for command in app.registered_commands if command.callback}
-    assert verbs <= commands | {group.name for group in app.registered_groups}
+    assert verbs <= commands | {group.typer_instance.info.name for group in app.registered_groups}
 
 
 def test_every_link_leads_somewhere() -> None:

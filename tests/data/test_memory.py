@@ -73,7 +73,7 @@ def test_memory_does_not_grow_with_the_file() -> None:
 def test_checking_keeps_no_texts() -> None:
     """80 MB of rows take under 20 MB more than ten do: hashes, and the few words in which two answers differ."""
     write("large.jsonl", NUM_ROWS)
-    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=True, timeout=120)
     num_rows, growth = done.stdout.split()
     assert int(num_rows) == NUM_ROWS
     assert float(growth) < 20
