@@ -10,8 +10,8 @@ from pydantic.fields import FieldInfo
 
 def complete_run_argument(incomplete: str) -> list[str]:
     """Stage names and `dotted.key=` that start with what is typed; after `=`, the values of a choice."""
+    from align.recipe.recipe_settings import RecipeSettings
     from align.recipe.schema import fixed
-    from align.recipe.settings import RecipeSettings
 
     key, equals, _ = incomplete.partition("=")
     stage, dot, _ = key.partition(".")

@@ -87,23 +87,32 @@ def run(
     force: Force = None,
     model: Model = None,
     data: Data = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAGE",
+            help="Run no stage but this one; those before it must be up to date. Commands for different stages may run "
+            "side by side.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the commands; start nothing.")] = False,
 ) -> None:
     """Run stages and the stages they need; what is up to date is reused."""
     console = Console()
-    recipe, requested = _recipe(console, arguments, config, model, data)
-    run_dir = _run_dir(recipe, name, runs)
+    recipe, requested = read_recipe(console, arguments, config, model, data)
+    run_dir = run_folder(recipe, name, runs)
     launcher: list[str] = ctx.meta.get(LAUNCHER, [])
     if dry_run:
-        plan = make_plan(recipe, requested, run_dir, force or ())
-        _show_plan(console, plan)
+        plan = make_plan(recipe, requested, run_dir, force or (), only=only)
+        show_plan(console, plan)
         for step in plan.steps:
             if step.runs:
                 console.print(shlex.join(worker_command(step.job.directory, launcher)), markup=False, soft_wrap=True)
         return
-    with lock_run(run_dir) as lock:
-        plan = make_plan(recipe, requested, run_dir, force or (), verify=True)
-        _show_plan(console, plan)
+    with lock_run(run_dir, only) as lock:
+        plan = make_plan(recipe, requested, run_dir, force or (), only=only, verify=True)
+        show_plan(console, plan)
         summary = execute(
             plan,
             lock,
@@ -127,12 +136,12 @@ def plan(
 ) -> None:
     """Say what `align run` with the same arguments would do, and why. Starts nothing."""
     console = Console(stderr=as_json)
-    recipe, requested = _recipe(console, arguments, config, model, data)
-    made = make_plan(recipe, requested, _run_dir(recipe, name, runs), force or ())
+    recipe, requested = read_recipe(console, arguments, config, model, data)
+    made = make_plan(recipe, requested, run_folder(recipe, name, runs), force or ())
     if as_json:
         print(json.dumps(made.as_json(), indent=2, ensure_ascii=False))
     else:
-        _show_plan(console, made)
+        show_plan(console, made)
 
 
 @app.command()
@@ -153,7 +162,7 @@ def lineage(
         raise ArtifactError("\n".join(sorted(damage)))
 
 
-def _recipe(
+def read_recipe(
     console: Console, arguments: list[str] | None, config: Path | None, model: str | None, data: str | None
 ) -> tuple[Recipe, list[str]]:
     """The recipe with the command line applied, and the stages asked for."""
@@ -167,14 +176,16 @@ def _recipe(
     return recipe, requested
 
 
-def _run_dir(recipe: Recipe, name: str | None, runs: Path) -> Path:
+def run_folder(recipe: Recipe, name: str | None, runs: Path) -> Path:
+    """The folder of a run. Raises ConfigError for a name that is none."""
     name = recipe.settings.name if name is None else name
     if name in {"", ".", ".."} or Path(name).name != name or name.startswith("."):
         raise ConfigError(Problem("--run", f"{name!r} is not a folder name", "use letters, digits, - and _"))
     return runs.resolve() / name
 
 
-def _show_plan(console: Console, plan: Plan) -> None:
+def show_plan(console: Console, plan: Plan) -> None:
+    """Prints the table of a plan."""
     console.print(render_plan(plan.steps))
 
 

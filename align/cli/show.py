@@ -35,7 +35,7 @@ def show(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Show the stages, the settings of one with their documentation, or the results of a run."""
-    from align.recipe.settings import RecipeSettings
+    from align.recipe.recipe_settings import RecipeSettings
     from stages import load_specs
 
     specs = load_specs()

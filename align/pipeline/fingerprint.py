@@ -19,7 +19,8 @@ from align.job import Input, Job
 from align.pipeline.external import HashCache, adapter_facts, hub_input, local_input
 from align.pipeline.functions import source_hash
 from align.pipeline.graph import Node, Source
-from align.recipe.settings import DATA_PLACES, DataSettings, ReadSettings, RecipeSettings, is_marked
+from align.recipe.recipe_settings import RecipeSettings
+from align.recipe.settings import DATA_PLACES, DataSettings, ReadSettings, is_marked
 from align.records import fingerprint
 
 PLACES = (*DATA_PLACES, "files")

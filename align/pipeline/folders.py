@@ -95,3 +95,12 @@ def read_failure(directory: Path) -> int | None:
         return int(json.loads((directory / FAILURE).read_text(encoding="utf-8"))["exit_code"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def read_failure_message(directory: Path) -> str:
+    """The last line kept by `write_failure`: of a traceback that is the error. Empty when there is none."""
+    try:
+        message = str(json.loads((directory / FAILURE).read_text(encoding="utf-8"))["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return message.strip().rpartition("\n")[2]

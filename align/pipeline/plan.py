@@ -95,22 +95,28 @@ def make_plan(
     run_dir: Path,
     force: Collection[str] = (),
     *,
+    only: str | None = None,
     verify: bool = False,
 ) -> Plan:
-    """Decides what each stage needs. No `requested` means every stage of the recipe.
+    """Decides what each stage needs. No `requested` means every stage of the recipe; `only` runs this one of them, and
+    those before it must be up to date.
 
     `verify` reads every byte of what a running stage will consume; without it sizes are compared. Raises
     ConfigError, DataError or ArtifactError before anything is started.
     """
     nodes = build_graph(recipe, requested)
-    _check_force(force, nodes)
+    _check_names("--force", force, nodes)
+    _check_names("--only", [only] if only else [], nodes)
     _check_trackers(recipe.settings.track)
     _check_quantisation(nodes)
     cache = HashCache(run_dir.parent)
     jobs = make_jobs(recipe.settings, nodes, run_dir, cache)
     cache.save()
     steps = [decide(node, job, forced=job.stage in force) for node, job in zip(nodes, jobs, strict=True)]
-    steps = _settle(steps, {*(requested or [node.name for node in nodes]), *force}, verify)
+    wanted = {only} if only else {*(requested or [node.name for node in nodes]), *force}
+    steps = _settle(steps, wanted, verify)
+    if only:
+        _check_inputs(only, steps)
     check_data(steps, recipe.settings.evaluation.data)
     return Plan(recipe, run_dir, steps)
 
@@ -211,9 +217,17 @@ def _check_quantisation(nodes: Sequence[Node]) -> None:
         raise ConfigError([Problem(f"{name}.lora.quantise", what, hint) for name in names])
 
 
-def _check_force(force: Collection[str], nodes: Sequence[Node]) -> None:
+def _check_names(option: str, given: Collection[str], nodes: Sequence[Node]) -> None:
     names = [node.name for node in nodes]
-    unknown = [name for name in force if name not in names]
+    unknown = [name for name in given if name not in names]
     if unknown:
         what = "no such stage in this run"
-        raise ConfigError([Problem(f"--force {name}", what, did_you_mean(name, names)) for name in unknown])
+        raise ConfigError([Problem(f"{option} {name}", what, did_you_mean(name, names)) for name in unknown])
+
+
+def _check_inputs(only: str, steps: Sequence[Step]) -> None:
+    waiting = [
+        f"{step.job.stage} ({', '.join(step.reasons)})" for step in steps if step.runs and step.job.stage != only
+    ]
+    if waiting:
+        raise ArtifactError(f"--only {only}: what it consumes is not up to date: {'; '.join(waiting)}")

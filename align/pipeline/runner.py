@@ -33,7 +33,7 @@ class StageFailed(AlignError):
 
 def execute(
     plan: Plan,
-    lock: int,
+    lock: Sequence[int],
     *,
     launcher: Sequence[str] = (),
     command: Sequence[str] = (),
@@ -43,7 +43,6 @@ def execute(
 
     Raises Interrupted when stopped after a safe save, StageFailed when a stage's process ends badly.
     """
-    sweep(plan.run_dir)
     write_text(plan.run_dir / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(plan.recipe.resolved())))
     with forwarded_signals(bool(launcher)) as stop:
         for planned in plan.steps:
@@ -102,7 +101,7 @@ def forwarded_signals(launched: bool) -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def _run_stage(step: Step, lock: int, launcher: Sequence[str], stop: Stop) -> None:
+def _run_stage(step: Step, lock: Sequence[int], launcher: Sequence[str], stop: Stop) -> None:
     """Starts the stage's process, in its own session so that Ctrl-C reaches it once, and waits for it."""
     # A signal that arrives before the process exists must not be lost: none is handled while it starts.
     held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -113,7 +112,7 @@ def _run_stage(step: Step, lock: int, launcher: Sequence[str], stop: Stop) -> No
         stop.process = subprocess.Popen(
             worker_command(step.job.directory, launcher),
             env=worker_environment(launcher),
-            pass_fds=[lock],
+            pass_fds=lock,
             start_new_session=True,
             preexec_fn=partial(_in_child, os.getpid(), held),
         )

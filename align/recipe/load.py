@@ -14,7 +14,7 @@ from align.errors import ConfigError, Problem
 from align.recipe.document import Document, read_document
 from align.recipe.overrides import Origins, Override, assign, parse_overrides
 from align.recipe.reading import Reading, StageRecipe
-from align.recipe.settings import RecipeSettings
+from align.recipe.recipe_settings import RecipeSettings
 
 if TYPE_CHECKING:
     from align.recipe.spec import StageSpec

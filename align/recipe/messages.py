@@ -12,8 +12,9 @@ from pydantic_core import ErrorDetails
 from align.errors import Problem
 from align.recipe.nearest import did_you_mean, nearest
 from align.recipe.overrides import Origins
+from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.schema import KeyPath, fixed, model_at, nested_in
-from align.recipe.settings import REFUSED, REQUIRED, RecipeSettings, Settings
+from align.recipe.settings import REFUSED, REQUIRED, Settings
 from align.recipe.trainer_args import RESERVED
 
 _WANTED = {

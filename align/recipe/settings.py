@@ -415,26 +415,3 @@ class TrainingSettings(Settings):
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
-
-
-class RecipeSettings(Settings):
-    """The recipe's own fields. Every other top-level key of the YAML is a stage: its name, or `kind:` inside
-    it, is the kind of stage it is."""
-
-    name: str = "run"
-    """Name of the run's folder, unless --run is given."""
-
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of everything random. A stage may have its own."""
-
-    model: Model | None = None
-    """The model that stages start from when no stage before them makes one."""
-
-    data: Data | None = None
-    """The data of stages that name none."""
-
-    evaluation: EvaluationSettings = EvaluationSettings()
-    """How every policy is measured at the end of its stage."""
-
-    track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = execution([])
-    """Where metrics go besides metrics.jsonl."""

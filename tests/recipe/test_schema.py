@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.schema import complete, dotted, fixed, model_at, places, walk
-from align.recipe.settings import DataSettings, OptimSettings, RecipeSettings, refuse
+from align.recipe.settings import DataSettings, OptimSettings, refuse
 from align.rewards.settings import RewardTerm
 from stages import load_specs
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from align.recipe.overrides import Origins
+from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.schema import walk
-from align.recipe.settings import RecipeSettings
 from align.recipe.trainer_args import _MANAGED, RESERVED, check_trainer_args, config_fields
 from stages import load_specs
 
