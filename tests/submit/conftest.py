@@ -1,0 +1,19 @@
+"""The toy run of tests/pipeline on a fake Slurm. Modules that workers import are in no package."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path += [str(HERE.parent / "pipeline"), str(HERE)]
+
+from cluster import Cluster
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    """A fresh one."""
+    return Cluster(tmp_path)
