@@ -6,12 +6,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any
 
 from align.recipe.submit_settings import Resources
 from align.submit.submission import JOBS, StageJob, Submission
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 PORT = 29500
 """Where processes of several machines meet, unless the engine has a better choice."""
@@ -69,6 +70,11 @@ def most(jobs: Sequence[StageJob]) -> Resources:
     )
 
 
+def keep_id(stages: Sequence[str], identity: str) -> list[str]:
+    """The lines of submit.sh that keep the id of the job of some stages. `identity` is shell."""
+    return [f"echo {shlex.quote(stage)} {identity} >> {JOBS}" for stage in stages]
+
+
 def submit_script(commands: Sequence[str]) -> str:
     """submit.sh: runs once, starts all jobs, and keeps their ids beside it."""
     return render("submit.sh", commands=commands, jobs=JOBS)
@@ -81,6 +87,8 @@ def render(template: str, **values: Any) -> str:
 
 @cache
 def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("align.submit"),
         undefined=StrictUndefined,

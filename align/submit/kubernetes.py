@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from align.errors import ArtifactError, ConfigError, DataError, Interrupted, NumericError, Problem
-from align.submit.command import PORT, job_script, submit_script
+from align.submit.command import PORT, job_script, keep_id, submit_script
 from align.submit.engine import JobState, State, ask
-from align.submit.submission import JOBS, StageJob, Submission, slug
+from align.submit.submission import StageJob, Submission, slug
 from align.submit.yaml_text import to_yaml
 
 MANIFEST = "jobset.yaml"
@@ -36,7 +35,7 @@ def render_kubernetes(submission: Submission) -> dict[str, str]:
     }
     commands = [
         f"kubectl create -f {MANIFEST}",
-        *(f"echo {shlex.quote(stage)} {submission.name} >> {JOBS}" for stage in submission.stages),
+        *keep_id(submission.stages, submission.name),
     ]
     return {MANIFEST: to_yaml(manifest), "submit.sh": submit_script(commands)}
 

@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Mapping
 
 from align.errors import ConfigError, Problem
-from align.submit.command import job_script, most, submit_script
+from align.submit.command import job_script, keep_id, most, submit_script
 from align.submit.engine import JobState, State, ask, same_for_all
-from align.submit.submission import JOBS, Submission
+from align.submit.submission import Submission
 
 SCRIPT = "run.sh"
 STATES = {
@@ -40,7 +40,7 @@ def render_ray(submission: Submission) -> dict[str, str]:
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     commands = [
         shlex.join(["ray", "job", "submit", "--no-wait", *given, *settings.options, "--", "bash", script]),
-        *(f"echo {shlex.quote(stage)} {submission.name} >> {JOBS}" for stage in submission.stages),
+        *keep_id(submission.stages, submission.name),
     ]
     body = job_script(submission, submission.jobs, directory=str(submission.here), shares_files=True)
     return {SCRIPT: body, "submit.sh": submit_script(commands)}

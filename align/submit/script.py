@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 
 import psutil
 
 from align.errors import ConfigError, Problem
-from align.submit.command import job_script, most, submit_script
+from align.submit.command import job_script, keep_id, most, submit_script
 from align.submit.engine import JobState, State, same_for_all
-from align.submit.submission import JOBS, Submission
+from align.submit.submission import Submission
 
 SCRIPT = "run.sh"
 LOG = "run.log"
@@ -22,7 +21,7 @@ def render_script(submission: Submission) -> dict[str, str]:
         raise ConfigError(Problem("submit.nodes", "the script runs on this machine alone", "use --to slurm"))
     commands = [
         f"nohup setsid bash {SCRIPT} >> {LOG} 2>&1 < /dev/null &",
-        *(f'echo {shlex.quote(stage)} "$!" >> {JOBS}' for stage in submission.stages),
+        *keep_id(submission.stages, '"$!"'),
     ]
     body = job_script(submission, submission.jobs, directory=str(submission.here), shares_files=True)
     return {SCRIPT: body, "submit.sh": submit_script(commands)}

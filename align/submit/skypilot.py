@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from align.errors import ConfigError, Interrupted, Problem
-from align.submit.command import PORT, job_script, submit_script
+from align.submit.command import PORT, job_script, keep_id, submit_script
 from align.submit.engine import JobState, State, ask
-from align.submit.submission import JOBS, StageJob, Submission
+from align.submit.submission import StageJob, Submission, slug
 from align.submit.yaml_text import to_yaml
 
 PIPELINE = "pipeline.yaml"
@@ -39,7 +39,7 @@ def render_skypilot(submission: Submission) -> dict[str, str]:
         f"cd -- {shlex.quote(str(submission.here))}  # where workdir starts from",
         shlex.join([*launch, str(submission.folder / PIPELINE)]),
         'cd -- "$OLDPWD"',
-        *(f"echo {shlex.quote(stage)} {submission.name} >> {JOBS}" for stage in submission.stages),
+        *keep_id(submission.stages, submission.name),
     ]
     return {PIPELINE: to_yaml({"name": submission.name}, *tasks), "submit.sh": submit_script(commands)}
 
@@ -76,7 +76,7 @@ def _task(submission: Submission, job: StageJob) -> dict[str, Any]:
     }
     buckets = {path: {"source": url, "mode": "MOUNT_CACHED"} for path, url in settings.mounts.items()}
     task = {
-        "name": job.stage,
+        "name": slug(job.stage, 24),
         "resources": {name: value for name, value in resources.items() if value is not None},
         "num_nodes": asked.nodes,
         "workdir": settings.workdir,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
-from align.submit.command import job_script, render, submit_script
+from align.submit.command import job_script, keep_id, render, submit_script
 from align.submit.engine import JobState, State, ask
-from align.submit.submission import JOBS, StageJob, Submission, slug
+from align.submit.submission import StageJob, Submission, slug
 
 MEETING = ('export NODE_RANK="$SLURM_NODEID"',)
 """The other variables are made once, in the batch script: a container has no scontrol."""
@@ -90,6 +90,6 @@ def _commands(submission: Submission) -> list[str]:
         commands += [
             f"{variable}=$(sbatch --parsable{dependency} {batch})",
             f"{variable}=${{{variable}%%;*}}  # of several clusters, the name comes after the id",
-            f'echo {shlex.quote(job.stage)} "${variable}" >> {JOBS}',
+            *keep_id([job.stage], f'"${variable}"'),
         ]
     return commands

@@ -34,6 +34,8 @@ def run(monkeypatch, raised: BaseException | None, *arguments: str) -> int | str
     [
         ["--help"],
         ["run", "--help"],
+        ["submit", "--help"],
+        ["status", "--help"],
         ["show"],
         ["show", "ppo"],
         ["show", "rloo"],

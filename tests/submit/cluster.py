@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 TOYS = HERE.parent / "pipeline"
 
 COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol")
-UGLY = "it's a \"run\" $(touch broken)\n`touch broken`; & * é"
+UGLY = 'it\'s a "run" $(touch broken)\n`touch broken`; & * é'
 """A folder's name in which every mistake of quoting shows."""
 
 
@@ -62,10 +62,10 @@ class Cluster:
         program = [sys.executable, str(HERE / "fake_slurm.py"), *arguments]
         subprocess.run(program, env={**os.environ, **self.environment}, check=True, timeout=60)
 
-    def bash(self, script: Path, code: int = 0) -> str:
-        """Runs a script as a user would; gives what it says on stderr."""
+    def bash(self, *arguments: str | Path, code: int = 0) -> str:
+        """Runs bash as a user would; gives what it says on stderr."""
         environment = {**os.environ, **self.environment}
-        done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", *arguments], env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stderr
         return done.stderr
 

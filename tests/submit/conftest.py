@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path += [str(HERE.parent / "pipeline"), str(HERE)]
+sys.path.append(str(HERE.parent / "pipeline"))
+sys.path.append(str(HERE))
 
 from cluster import Cluster
 
