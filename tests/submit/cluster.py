@@ -33,16 +33,17 @@ class Cluster:
         self.programs = folder / "bin"
         self.programs.mkdir()
         for name in COMMANDS:
-            self._program(name, f'exec {shlex.quote(sys.executable)} {HERE / "fake_slurm.py"} {name} "$@"')
+            self.program(name, f'exec {shlex.quote(sys.executable)} {HERE / "fake_slurm.py"} {name} "$@"')
         start = f"shift 2  # -m align\nexec {shlex.quote(sys.executable)} -m toy_stages"
-        self.python = self._program("toy python", f'export PYTHONPATH={TOYS}:$PYTHONPATH\n{start} "$@"')
+        self.python = self.program("toy python", f'export PYTHONPATH={TOYS}:$PYTHONPATH\n{start} "$@"')
         self.environment = {
             "PATH": f"{self.programs}:{os.environ['PATH']}",
             "FAKE_SLURM": str(self.state),
             "PYTHONPATH": f"{TOYS}:{os.environ.get('PYTHONPATH', '')}",
         }
 
-    def _program(self, name: str, body: str) -> Path:
+    def program(self, name: str, body: str) -> Path:
+        """Puts a command on PATH."""
         path = self.programs / name
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "pipeline"))
-sys.path.append(str(HERE))
+sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
+sys.path.append(str(Path(__file__).parent))
 
 from cluster import Cluster
 

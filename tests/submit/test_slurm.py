@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from cluster import Cluster
@@ -101,6 +102,20 @@ def test_a_dry_run_writes_files_that_submit_when_they_are_started(cluster: Clust
     assert states(cluster)["base"][0] == "done"
     assert cluster.bash(folder / "submit.sh", code=1)
     assert len(list(cluster.state.iterdir())) == 1
+
+
+def test_a_submission_that_breaks_off_says_what_to_end(cluster: Cluster) -> None:
+    """sbatch refuses the second job; the first is known to `align status`, and goes on."""
+    real = (cluster.programs / "sbatch").rename(cluster.programs / "real sbatch")
+    body = f'case "$*" in *sft.sbatch) echo "no such partition" >&2; exit 1;; esac\nexec {shlex.quote(str(real))} "$@"'
+    cluster.program("sbatch", body)
+    shown = cluster.submit("sft", code=1)
+    assert "no such partition" in shown
+    assert "to end what was submitted: scancel 100" in shown
+    cluster.finish()
+    found = states(cluster)
+    assert found["base"][0] == "done"
+    assert found["sft"] == ("not submitted", "")
 
 
 def test_without_the_engine_nothing_is_written(cluster: Cluster) -> None:
