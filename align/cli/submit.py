@@ -76,12 +76,10 @@ def submit(
     run_dir = run_folder(recipe, name, runs)
     plan = make_plan(recipe, requested, run_dir)
     show_plan(console, plan)
-    overrides = [argument for argument in arguments or [] if "=" in argument]
-    options = {"--model": model, "--data": data}
-    given = [word for option, value in options.items() if value is not None for word in (option, value)]
     there = (to is TargetName.SKYPILOT and recipe.settings.submit.skypilot.runs) or relative(runs.resolve())
-    words = [*requested, *_recipe_words(recipe), "--run", run_dir.name, "--runs", there, *given, *overrides]
-    submission = make_submission(plan, to, words, here=Path.cwd())
+    options = {"-c": _recipe_name(recipe), "--run": run_dir.name, "--runs": there, "--model": model, "--data": data}
+    words = [word for option, value in options.items() if value is not None for word in (option, value)]
+    submission = make_submission(plan, to, [*(arguments or []), *words], here=Path.cwd())
     files = TARGETS[to].render(submission)
     if not dry_run and which(TARGETS[to].command) is None:
         hint = f"submit from a machine that has it, or use --dry-run and `bash {START}` there"
@@ -96,7 +94,7 @@ def submit(
 
 @app.command()
 def status(
-    which_run: Annotated[
+    run: Annotated[
         str | None,
         typer.Argument(
             metavar="[RUN]", help="Name or folder of a run. None: the last one submitted.", show_default=False
@@ -106,7 +104,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say where the stages of the last `align submit` are, from the run's own folder and from the engine."""
-    submission = read_submission(_find(which_run, runs))
+    submission = read_submission(_find(run, runs))
     states = stage_states(submission)
     if as_json:
         facts = {"run": submission.run, "target": submission.target, "folder": str(submission.folder)}
@@ -123,12 +121,12 @@ def status(
     console.print(f"{submission.target}: {escape(relative(submission.folder))}", soft_wrap=True, highlight=False)
 
 
-def _recipe_words(recipe: Recipe) -> list[str]:
+def _recipe_name(recipe: Recipe) -> str | None:
     """How a job names the recipe: one that is shipped by its name, for it lies elsewhere on another machine."""
     if recipe.path is None:
-        return []
+        return None
     path = recipe.path.resolve()
-    return ["-c", path.stem if path.parent == shipped_folder() else relative(path)]
+    return path.stem if path.parent == shipped_folder() else relative(path)
 
 
 def _show_files(console: Console, submission: Submission, files: dict[str, str]) -> None:
@@ -144,13 +142,10 @@ def _submit(console: Console, submission: Submission, command: list[str]) -> Non
     for stage, identity in ids.items():
         console.print(f"submitted {escape(stage)}: {escape(identity)}", soft_wrap=True, highlight=False)
     if done.returncode:
-        ends = " && ".join(
-            TARGETS[TargetName(submission.target)].cancel.format(id=one) for one in dict.fromkeys(ids.values())
-        )
-        raise SubmitFailed(
-            f"{shlex.join(command)} ended with exit code {done.returncode}"
-            + (f"; to end what was submitted: {ends}" if ends else "")
-        )
+        cancel = TARGETS[TargetName(submission.target)].cancel
+        ends = " && ".join(cancel.format(id=one) for one in dict.fromkeys(ids.values()))
+        hint = f"; to end what was submitted: {ends}" if ends else ""
+        raise SubmitFailed(f"{shlex.join(command)} ended with exit code {done.returncode}{hint}")
     console.print("align status", escape(shlex.quote(submission.run)), highlight=False)
 
 

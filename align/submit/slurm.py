@@ -12,6 +12,9 @@ from align.submit.submission import StageJob, Submission, slug
 MEETING = ('export NODE_RANK="$SLURM_NODEID"',)
 """The other variables are made once, in the batch script: a container has no scontrol."""
 
+SQUEUE = ["squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%r"]
+SACCT = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State,ExitCode"]
+
 STATES = {
     **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "PREEMPTED"), State.WAITING),
     **dict.fromkeys(("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING"), State.RUNNING),
@@ -24,10 +27,13 @@ def render_slurm(submission: Submission) -> dict[str, str]:
     """Two scripts per stage: what Slurm gets, and what each machine runs."""
     files = {}
     for job in submission.jobs:
-        directory = str(submission.here)
         files[f"{job.stage}.sbatch"] = _batch_script(submission, job)
         files[f"{job.stage}.sh"] = job_script(
-            submission, [job], directory=directory, shares_files=not submission.settings.slurm.image, meeting=MEETING
+            submission,
+            [job],
+            directory=str(submission.here),
+            shares_files=not submission.settings.slurm.image,
+            meeting=MEETING,
         )
     return {**files, "submit.sh": submit_script(_commands(submission))}
 
@@ -35,18 +41,7 @@ def render_slurm(submission: Submission) -> dict[str, str]:
 def slurm_states(submission: Submission, ids: Mapping[str, str]) -> dict[str, JobState]:
     """From squeue, which knows what is alive, and sacct, which knows what was."""
     found: dict[str, JobState] = {}
-    for command in (
-        ["squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%r"],
-        [
-            "sacct",
-            "--allocations",
-            "--noheader",
-            "--parsable2",
-            "--format=JobID,State,ExitCode",
-            "--jobs",
-            ",".join(ids.values()),
-        ],
-    ):
+    for command in (SQUEUE, [*SACCT, "--jobs", ",".join(ids.values())]):
         if set(ids.values()) <= found.keys():
             break
         for line in (ask(command) or "").splitlines():
