@@ -17,7 +17,9 @@ def here(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("incomplete", "options"),
     [
-        ("s", ["sft", "seed="]),
+        ("sf", ["sft"]),
+        ("se", ["seed="]),
+        ("submit.slurm.par", ["submit.slurm.partition="]),
         ("rl", ["rloo"]),
         ("ppo.kl.c", ["ppo.kl.coef="]),
         ("grpo.kl.estimator=", ["grpo.kl.estimator=k1", "grpo.kl.estimator=k2"]),
