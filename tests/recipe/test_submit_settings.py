@@ -39,7 +39,6 @@ def test_a_stage_takes_what_is_said_for_it_then_for_all_then_the_default() -> No
     assert SubmitSettings().of("ppo") == Resources(nodes=1, gpus=1, processes=1, cpus=None, memory=None, hours=None)
 
 
-def test_a_resolved_recipe_keeps_it(tmp_path) -> None:
-    """It loads back to an equal one."""
+def test_a_resolved_recipe_keeps_it() -> None:
     recipe = load_recipe(None, overrides=["submit.stages.sft.hours=2", "sft.policy=."], specs=load_specs())
     assert recipe.resolved()["submit"]["stages"]["sft"]["hours"] == 2
