@@ -16,8 +16,11 @@ from typer.core import TyperCommand
 
 from align.cli.app import app
 from align.cli.complete import complete_run_argument
+from align.cli.memory import memory_json, render_memory
 from align.cli.table import relative, render_plan, render_summary
 from align.errors import ArtifactError, ConfigError, Problem
+from align.pipeline.estimate.gpus import parse_gpus
+from align.pipeline.estimate.stage import know_stages
 from align.pipeline.lineage import Ancestor, trace
 from align.pipeline.lock import lock_run
 from align.pipeline.plan import Plan, Step, make_plan
@@ -133,15 +136,27 @@ def plan(
     model: Model = None,
     data: Data = None,
     as_json: AsJson = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Estimate memory, disk, steps and tokens of each stage that runs.")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="[N x]SIZE", help="The same on GPUs such as `8x24GiB`: which strategies would fit."),
+    ] = None,
 ) -> None:
     """Say what `align run` with the same arguments would do, and why. Starts nothing."""
+    device = parse_gpus(gpu) if gpu is not None else None
     console = Console(stderr=as_json)
     recipe, requested = read_recipe(console, arguments, config, model, data)
     made = make_plan(recipe, requested, run_folder(recipe, name, runs), force or ())
+    found = know_stages(made) if memory or device else {}
     if as_json:
-        print(json.dumps(made.as_json(), indent=2, ensure_ascii=False))
-    else:
-        show_plan(console, made)
+        estimates = {"memory": memory_json(found, device)} if found else {}
+        print(json.dumps({**made.as_json(), **estimates}, indent=2, ensure_ascii=False))
+        return
+    show_plan(console, made)
+    if found:
+        console.print(render_memory(found, device))
 
 
 @app.command()

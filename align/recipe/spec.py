@@ -58,5 +58,8 @@ class StageSpec:
     memory: str | None = None
     """`module:function`, torch-free, `(config, inputs by name) -> list[str]`: which models the stage holds in
     memory."""
+    workload: str | None = None
+    """`module:function`, torch-free, `(config, inputs by name, lengths, processes, evaluation) -> Workload`: what the
+    memory of the stage is estimated from (align.pipeline.estimate)."""
     trainer_config: str | None = None
     """`package.module:Class` of the TRL config that `trainer_args` is checked against, unimported."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -51,6 +51,22 @@ class Config(Settings):
 
     seed: int | None = None
     """None: the recipe's seed."""
+
+    def architecture(self) -> dict[str, Any]:
+        """The config.json of the model, as far as it does not depend on the tokenizer: Llama, embeddings tied. Without
+        `embeddings`, a corpus too small for the vocabulary makes a smaller one."""
+        return {
+            "model_type": "llama",
+            "vocab_size": self.embeddings or self.vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": 4 * self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "max_position_embeddings": self.context,
+            "initializer_range": 0.05,
+            "tie_word_embeddings": True,
+        }
 
     @model_validator(mode="after")
     def _shapes(self) -> Config:

@@ -93,22 +93,10 @@ def train_tokenizer(documents: Sequence[Document], vocabulary: int, context: int
 
 def new_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama-shaped model with random weights, embeddings tied."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.embeddings or len(tokenizer),
-            hidden_size=config.hidden,
-            intermediate_size=4 * config.hidden,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            max_position_embeddings=config.context,
-            initializer_range=0.05,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.get_vocab()[PAD_TOKEN],
-            eos_token_id=tokenizer.get_vocab()[END],
-            bos_token_id=None,
-        )
-    )
+    ids = tokenizer.get_vocab()
+    own = {"vocab_size": config.embeddings or len(tokenizer), "pad_token_id": ids[PAD_TOKEN], "eos_token_id": ids[END]}
+    settings = {name: value for name, value in config.architecture().items() if name != "model_type"}
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **own}, bos_token_id=None))
 
 
 def packed(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], length: int) -> list[list[int]]:

@@ -50,5 +50,6 @@ SPEC = StageSpec(
     run="stages.dpo.run:run",
     data=Role.PREFERENCES,
     inputs={"policy": Slot(Kind.POLICY, defaults=("sft", "base"))},
+    workload="stages.dpo.memory:workload",
     trainer_config="trl.trainer.dpo_config:DPOConfig",
 )

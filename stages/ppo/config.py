@@ -529,6 +529,7 @@ def _spec(kind: str, summary: str, config: type[Config]) -> StageSpec:
         inputs=INPUTS,
         more_data={"ptx.data": Role.DEMONSTRATIONS},
         memory="stages.ppo.layout:describe",
+        workload="stages.ppo.memory:workload",
     )
 
 

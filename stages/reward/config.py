@@ -9,6 +9,9 @@ from pydantic import Field, PositiveInt
 from align.recipe.settings import Data, OptimSettings, Role, Settings, TrainingSettings, source
 from align.recipe.spec import Kind, Slot, StageSpec
 
+SCORING_BATCH = 64
+"""Rows sampled or scored at a time."""
+
 
 class NormaliseSettings(Settings):
     """The score is shifted and scaled to mean 0 and standard deviation 1 on samples of the starting policy."""
@@ -54,5 +57,6 @@ SPEC = StageSpec(
     run="stages.reward.run:run",
     data=Role.PREFERENCES,
     inputs={"policy": Slot(Kind.POLICY, defaults=("sft", "base"))},
+    workload="stages.reward.memory:workload",
     trainer_config="trl.trainer.reward_config:RewardConfig",
 )

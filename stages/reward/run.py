@@ -28,9 +28,8 @@ from align.models.roles import reward_role
 from align.recipe.settings import EvaluationSettings, Role
 from align.training.rows import TokenRow, load_rows, preference_row, token_rows
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
-from stages.reward.config import Config
+from stages.reward.config import SCORING_BATCH, Config
 
-SCORING_BATCH = 64
 MIN_STD = 1e-6
 """Spread of the raw scores below which there is only rounding noise."""
 

@@ -37,5 +37,6 @@ SPEC = StageSpec(
     run="stages.sft.run:run",
     data=Role.DEMONSTRATIONS,
     inputs={"policy": Slot(Kind.POLICY, defaults=("base",))},
+    workload="stages.sft.memory:workload",
     trainer_config="trl.trainer.sft_config:SFTConfig",
 )
