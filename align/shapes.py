@@ -1,7 +1,7 @@
 """The process that counts for `align plan --memory`: `python -m align.shapes`, questions as JSON in, answers out.
 
-A model is built from its config on torch's meta device, which holds shapes and no numbers: whatever its size, that takes
-no memory and reads no weights. Rows of data are rendered with the tokenizer of a local folder.
+A model is built from its config on torch's meta device, which holds shapes and no numbers: whatever its size, that
+takes no memory and reads no weights. Rows of data are rendered with the tokenizer of a local folder.
 """
 
 from __future__ import annotations

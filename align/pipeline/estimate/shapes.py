@@ -51,6 +51,11 @@ class Shapes:
     activation_copies: int
     """Tensors that an activation without a gate keeps: more than one where it is written out in Python."""
 
+    @classmethod
+    def read(cls, answer: Mapping[str, Any]) -> Shapes:
+        """From the answer of align.shapes."""
+        return cls(**{**answer, "linears": [tuple(one) for one in answer["linears"]]})
+
     @property
     def backbone(self) -> int:
         """Numbers of the model without a head: what a reward model and a critic have, but for one row."""
@@ -106,7 +111,7 @@ class Counter:
     def shapes(self, config: Mapping[str, Any]) -> Shapes | None:
         """Of the model of a config.json; None where the library cannot build it."""
         answer = self._ask({"config": dict(config)}, [dict(config), version("transformers")])
-        return answer and Shapes(**{**answer, "linears": [tuple(one) for one in answer["linears"]]})
+        return Shapes.read(answer) if answer else None
 
     def lengths(
         self, folder: str, trust_remote_code: bool, data: dict[str, Any], role: str, identity: Any
