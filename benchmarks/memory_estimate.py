@@ -61,13 +61,14 @@ Made by `python benchmarks/memory_estimate.py`.
 
 *estimated* is what `align plan --memory` says before anything runs, *measured* the most that the stage's process ever
 held resident (`peak_memory` in its record.json), both in MiB: on a CPU, in float32, one run each. *made of* is the
-estimate, part by part. {within} of {count} combinations are within {bound:.0%}; the largest difference is {largest:+.1%}.
+estimate, part by part. {within} of {count} combinations are within {bound:.0%}; the largest difference is
+{largest:+.1%}.
 
 The model is a Llama-shaped one with random weights and {parameters:.1f} million parameters, {weights:.0f} MiB
 (`benchmarks/memory_estimate.yaml`); rows have about 104 tokens, passes 8 of them (ppo: 4 of 117, packed). *process* is
-Python and its libraries: measured in this environment, {process:.0f} MiB in every row. *heap* is what the C library keeps
-of blocks below 32 MiB that were freed; that it keeps as much was found by measuring. All other parts follow from the
-recipe alone.
+Python and its libraries: measured in this environment, {process:.0f} MiB in every row. *heap* is what the C library
+keeps of blocks below 32 MiB that were freed; that it keeps as much was found by measuring. All other parts follow from
+the recipe alone.
 
 Not measured: GPUs, several processes, DeepSpeed and FSDP. Their figures are the same formulas
 (`align/pipeline/estimate/`) with other bytes per number.

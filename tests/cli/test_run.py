@@ -211,3 +211,61 @@ def test_a_stage_without_known_metrics_and_one_with_markup_in_its_name_are_shown
     text = shown({"stages": {"[red]x": {"parameters": 3}, "r": {"accuracy": "NaN"}}})
     assert "[red]x" in text
     assert "NaN" in text
+
+
+def test_plan_memory_estimates_from_settings_alone(here):
+    """The base of the recipe: embedding 1024 x 128, and 4 blocks of 16 * 128^2 weights and two norms, and one norm. Its
+    tokenizer is not made yet, so tokens are unknown. Nothing is written but what was counted."""
+    (here / "runs").mkdir()
+    out, _ = align(here, "plan", "ppo", "--memory", "--json")
+    found = json.loads(out)["memory"]
+    number = 1024 * 128 + 4 * (16 * 128**2 + 256) + 128
+    assert found["base"] == {"unknown": "it starts from no model"}
+    assert found["sft"]["parameters"] == found["sft"]["trained_parameters"] == number
+    assert (found["sft"]["steps"], found["sft"]["tokens"], found["sft"]["strategy"]) == (1, None, "one")
+    assert found["sft"]["artifact"] == 4 * number and found["sft"]["checkpoint"] == 12 * number
+    assert found["sft"]["peak"] == sum(found["sft"]["parts"].values())
+    assert set(found["ppo"]["models"]) == {"actor", "reference", "critic", "reward"}
+    assert [path.name for path in (here / "runs").iterdir()] == [".shapes.json"]
+    text, _ = align(here, "plan", "ppo", "--memory")
+    assert "peak of a process, GiB" in text and "base is not estimated" in text
+
+
+def test_plan_gpu_says_what_fits(here):
+    """Half a GiB holds nothing, because CUDA takes more; 80 hold everything. NF4 is not divided."""
+    (here / "runs").mkdir()
+    small, _ = align(here, "plan", "sft", "--gpu", "8x512MiB", "--json")
+    large, _ = align(here, "plan", "sft", "--gpu", "8x80GiB", "--json")
+    small, large = (json.loads(out)["memory"]["sft"]["strategies"] for out in (small, large))
+    assert list(large) == [
+        *("one", "ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-nvme", "fsdp")
+    ]
+    for strategy, row in large.items():
+        assert list(row) == ["full", "lora", "qlora"]
+        assert all(cell["fits"] for cell in row.values() if cell)
+        assert not any(cell["fits"] for cell in small[strategy].values() if cell)
+    assert large["zero3"]["qlora"] is None and large["zero2"]["qlora"]
+    assert large["zero2-offload"]["full"]["host"] > 0 == large["zero2"]["full"]["host"]
+    text, _ = align(here, "plan", "sft", "--gpu", "8x512MiB")
+    assert "sft on 8 x 0.50 GiB" in text
+    assert " no" in text and " fits" not in text
+
+
+def test_plan_without_either_asks_nobody(here):
+    (here / "runs").mkdir()
+    out, _ = align(here, "plan", "sft", "--json")
+    assert "memory" not in json.loads(out)
+    assert not list((here / "runs").iterdir())
+
+
+def test_a_wrong_gpu_is_a_usage_error(here):
+    _, err = align(here, "plan", "sft", "--gpu", "eight", code=2)
+    assert "--gpu eight: not a number of GPUs and their memory (write 8x24GiB, or 80GB for one)" in err
+
+
+def test_a_model_that_is_not_here_is_unknown(here):
+    """A hub id that was never downloaded: nothing is fetched."""
+    revision = "a" * 40
+    arguments = ["plan", "sft", "--model", f"org/none@{revision}", "--memory", "--json"]
+    out, _ = align(here, *arguments, HF_HUB_CACHE=str(here / "cache"))
+    assert json.loads(out)["memory"]["sft"] == {"unknown": "config.json of org/none is not on this machine"}

@@ -162,14 +162,14 @@ class Estimator:
             node.config.architecture() if isinstance(node.config, Makes) else configs.get("policy")
         )
         if node.spec.workload is None:
-            return "not estimated"
+            return "it starts from no model"
         unread = [job.inputs[slot].source for slot, config in configs.items() if config is None]
         if unread:
-            return f"unknown: config.json of {unread[0]} is not on this machine"
+            return f"config.json of {unread[0]} is not on this machine"
         counted = {slot: self.counter.shapes(config) for slot, config in configs.items() if config is not None}
         shapes = {slot: found for slot, found in counted.items() if found is not None}
         if len(shapes) < len(counted):
-            return "unknown: the library cannot build this model from its config alone"
+            return "the library cannot build this model from its config alone"
         lengths = self._lengths(node, job)
         return Known(job.stage, node.config, job.inputs, shapes, lengths, job.evaluation, node.spec.workload)
 

@@ -3,8 +3,8 @@
 A trained number costs its weight, its gradient and AdamW's two moments. In bfloat16 DeepSpeed keeps weights and
 gradients in 2 bytes each and a float32 weight with the moments, K = 12 bytes (Rajbhandari et al. 2020, ZeRO, section
 3.1); torch's autocast keeps everything in float32 and makes 2-byte copies of the weights for each pass. N processes
-divide the moments (stage 1), the gradients too (2), the weights too (3; FSDP: Zhao et al. 2023). Offloaded states are in
-the machine's main memory (Ren et al. 2021, ZeRO-Offload) or on its disk (Rajbhandari et al. 2021, ZeRO-Infinity).
+divide the moments (stage 1), the gradients too (2), the weights too (3; FSDP: Zhao et al. 2023). Offloaded states are
+in the machine's main memory (Ren et al. 2021, ZeRO-Offload) or on its disk (Rajbhandari et al. 2021, ZeRO-Infinity).
 """
 
 from __future__ import annotations

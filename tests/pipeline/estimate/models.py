@@ -55,5 +55,5 @@ TINY = Shapes(
     native_norm=False,
     activation_copies=1,
 )
-"""A Llama of two blocks: hidden 8, two heads of 4 and one for keys, feed-forward 20, ten words, embeddings tied. A block
-has 64 + 32 + 32 + 64 + 3 * 160 = 672 weights in its linear layers and 2 * 8 in its norms."""
+"""A Llama of two blocks: hidden 8, two heads of 4 and one for keys, feed-forward 20, ten words, embeddings tied. A
+block has 64 + 32 + 32 + 64 + 3 * 160 = 672 weights in its linear layers and 2 * 8 in its norms."""
