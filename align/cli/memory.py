@@ -43,7 +43,9 @@ def render_memory(found: Found, device: Device | None) -> RenderableType:
     tables: list[RenderableType] = [_summary(estimates, device)] if estimates else []
     if device is not None:
         tables += [_fits(known, device) for known in found.values() if isinstance(known, Known)]
-    notes = [f"{escape(name)} is not estimated: {escape(known)}" for name, known in found.items() if isinstance(known, str)]
+    notes = [
+        f"{escape(name)} is not estimated: {escape(known)}" for name, known in found.items() if isinstance(known, str)
+    ]
     return Group(*tables, *notes)
 
 

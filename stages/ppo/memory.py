@@ -40,7 +40,7 @@ def workload(
 def _models(config: Config, roles: Layout) -> list[Held]:
     trained = "adapter" if config.lora else "all"
     adapters = [Held(name, name, is_adapter=True, lora=config.lora) for name in roles.adapter_rewards]
-    models = [Held("actor", "policy", trained, lora=config.lora)]
+    models = [Held("actor", "policy", trained, lora=config.lora, is_rounded=bool(config.lora))]
     if roles.critic == "adapter":
         models.append(Held("critic", "policy", "adapter", lora=config.lora, is_adapter=True))
     models += adapters if roles.trains_adapter else []

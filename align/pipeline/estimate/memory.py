@@ -53,7 +53,7 @@ class Memory:
     """Bytes that one process needs at most."""
 
     phases: dict[str, dict[str, float]]
-    """By phase (training, sampling, saving), then by part."""
+    """By phase (training, sampling, normalising, saving), then by part."""
     models: dict[str, float]
     """Weights, gradients and optimiser of each role."""
     host: float
@@ -99,7 +99,7 @@ def frozen_bytes(model: Held, shapes: Shapes, size: int) -> float:
 
 
 class _Process:
-    """One process of a stage."""
+    """One process of a stage: what it holds in each phase, by part."""
 
     def __init__(
         self, work: Workload, shapes: Mapping[str, Shapes], strategy: str, processes: int, device: Device, compute: int
@@ -113,18 +113,13 @@ class _Process:
 
     def _states(self, model: Held, processes: int) -> States:
         shapes = self.shapes[model.source]
-        trained, frozen = trained_numbers(model, shapes), frozen_bytes(model, shapes, self._frozen_size(model))
+        size = self.compute if self.strategy.engine == "deepspeed" or model.is_rounded else 4
+        trained, frozen = trained_numbers(model, shapes), frozen_bytes(model, shapes, size)
         block = max(shapes.largest, shapes.quantisable // shapes.layers)
         found = states(self.strategy, processes, trained, frozen, compute=self.compute, largest=block)
         if model.offloaded and self.device.is_gpu:
             return States(0, 0, 0, found.weights, host=found.weights)
         return found
-
-    def _frozen_size(self, model: Held) -> int:
-        """Bytes of a number that is not trained. The base of ppo's adapters is held in the dtype of the passes, all
-        other models are read in float32."""
-        deepspeed = self.strategy.engine == "deepspeed"
-        return self.compute if deepspeed or (model.trained == "adapter" and model.role == "actor") else 4
 
     def total(self, part: str) -> float:
         return sum(getattr(one, part) for one in self.states.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from align.pipeline.estimate.activations import Pass
@@ -46,6 +46,8 @@ class Held:
     lora: LoraSettings | None = None
     is_adapter: bool = False
     """Whether it is only an adapter on the model before it in the list."""
+    is_rounded: bool = False
+    """Whether its frozen numbers are held in the dtype of the passes and not in float32."""
     offloaded: bool = False
     """Whether it waits in main memory between its passes."""
 
@@ -90,7 +92,6 @@ class Workload:
     """How many are kept."""
     reopened: str | None = None
     """Input that is opened once more after training: the reward stage samples from the policy it started from."""
-    notes: list[str] = field(default_factory=list)
 
 
 def trained_model(config: TrainingSettings, *, has_head: bool = True) -> Held:
