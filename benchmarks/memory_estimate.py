@@ -67,8 +67,8 @@ estimate, part by part. {within} of {count} combinations are within {bound:.0%};
 The model is a Llama-shaped one with random weights and {parameters:.1f} million parameters, {weights:.0f} MiB
 (`benchmarks/memory_estimate.yaml`); rows have about 104 tokens, passes 8 of them (ppo: 4 of 117, packed). *process* is
 Python and its libraries: measured in this environment, {process:.0f} MiB in every row. *heap* is what the C library
-keeps of blocks below 32 MiB that were freed; that it keeps as much was found by measuring. All other parts follow from
-the recipe alone.
+keeps of blocks below 32 MiB that were freed. That size of *process* and the rule for *heap* were found by measuring sft
+and dpo of this table; all other parts follow from the recipe alone.
 
 Not measured: GPUs, several processes, DeepSpeed and FSDP. Their figures are the same formulas
 (`align/pipeline/estimate/`) with other bytes per number.

@@ -115,6 +115,7 @@ def _cell_json(estimate: Estimate | None, device: Device) -> dict[str, Any] | No
     return {
         "fits": fits(estimate, device),
         "peak": round(found.peak),
+        "phase": found.phase,
         "host": round(found.host * estimate.processes),
         "disk": round(found.disk * estimate.processes),
     }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from trl.kernels import chunked_logprob
+from trl.trainer import utils
 
+from align.pipeline.estimate import activations
 from align.pipeline.estimate.activations import (
     Pass,
     Width,
@@ -17,9 +20,17 @@ from align.pipeline.estimate.activations import (
     sampling_logits,
 )
 from align.recipe.settings import LoraSettings
+from align.training import logprobs
 from tests.pipeline.estimate.models import TINY
 
 FLOAT32, AUTOCAST = Width(4, 4), Width(4, 2)
+
+
+def test_blocks_are_those_of_the_code_that_computes():
+    """The formulas are torch-free, so they hold copies of these numbers."""
+    assert (activations.MAX_TOKENS, activations.CPU_BLOCK) == (logprobs.MAX_TOKENS, logprobs.CPU_BLOCK)
+    tile = (chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE)
+    assert tile == (activations.TILE_TOKENS, activations.TILE_WORDS)
 
 
 def test_a_token_of_a_padded_pass():
