@@ -14,7 +14,6 @@ from rich.table import Column, Table
 from align.cli.table import DASH
 from align.pipeline.estimate.memory import PARTS, Device
 from align.pipeline.estimate.stage import METHODS, Estimate, Known
-from align.pipeline.estimate.strategies import STRATEGIES
 
 GIB = 2**30
 Found = Mapping[str, Known | str]
@@ -93,18 +92,17 @@ def _fits(known: Known, device: Device) -> Table:
     for method in METHODS:
         table.add_column(f"{method}, GiB")
     for strategy, row in known.table(device).items():
-        processes = device.count if STRATEGIES[strategy].several else 1
-        table.add_row(strategy, *(_cell(estimate, device, processes) for estimate in row.values()))
+        table.add_row(strategy, *(_cell(estimate, device) for estimate in row.values()))
     return table
 
 
-def _cell(estimate: Estimate | None, device: Device, processes: int) -> str:
+def _cell(estimate: Estimate | None, device: Device) -> str:
     if estimate is None:
         return DASH
     found = estimate.memory
     colour, word = ("green", "fits") if fits(estimate, device) else ("red", "no")
     besides = {"host": found.host, "disk": found.disk}
-    elsewhere = [f"{gib(size * processes)} {name}" for name, size in besides.items() if size]
+    elsewhere = [f"{gib(size * estimate.processes)} {name}" for name, size in besides.items() if size]
     return f"[{colour}]{gib(found.peak)} {word}[/]" + (f" [dim]+ {', '.join(elsewhere)}[/]" if elsewhere else "")
 
 

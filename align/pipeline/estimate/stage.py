@@ -155,12 +155,16 @@ class Estimator:
     def __exit__(self, *_: object) -> None:
         self.counter.close()
 
+    def follow(self, node: Node, job: Job) -> None:
+        """Notes the config.json of what a stage makes. Stages have to come in the order of the plan."""
+        if isinstance(node.config, Makes):
+            self._configs[job.stage] = node.config.architecture()
+        elif "policy" in job.inputs:
+            self._configs[job.stage] = self._config(job.inputs["policy"])
+
     def know(self, node: Node, job: Job) -> Known | str:
-        """What is known of a stage, or why nothing can be estimated. Stages have to come in the order of the plan."""
+        """What is known of a stage, or why nothing can be estimated. Those before it have to be followed."""
         configs = {slot: self._config(value) for slot, value in job.inputs.items()}
-        self._configs[job.stage] = (
-            node.config.architecture() if isinstance(node.config, Makes) else configs.get("policy")
-        )
         if node.spec.workload is None:
             return "it starts from no model"
         unread = [job.inputs[slot].source for slot, config in configs.items() if config is None]
@@ -197,8 +201,9 @@ class Estimator:
 def know_stages(plan: Plan) -> dict[str, Known | str]:
     """What is known of each stage that runs, or why nothing is."""
     with Estimator(plan.run_dir.parent) as estimator:
-        known = {step.job.stage: estimator.know(step.node, step.job) for step in plan.steps}
-    return {step.job.stage: known[step.job.stage] for step in plan.steps if step.runs}
+        for step in plan.steps:
+            estimator.follow(step.node, step.job)
+        return {step.job.stage: estimator.know(step.node, step.job) for step in plan.steps if step.runs}
 
 
 @runtime_checkable
