@@ -52,19 +52,26 @@ def write_text(path: Path, text: str) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Writes texts one after another, like `write_text`; all of them need not fit in memory."""
+    with committed_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(lines)
+
+
+@contextmanager
+def committed_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside the target; what is written there appears as `path` in one step, durably, and on an
+    error not at all. Writers at the same time: the last one wins. Raises WriteError when the disk refuses."""
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteError(f"{path.parent}: cannot make the folder: {error.strerror or error}") from error
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(lines)
-            stream.flush()
+        yield temporary
+        with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
         _fsync_folder(path.parent)
-    except BaseException as error:  # of the disk, or of what gives the lines
+    except BaseException as error:  # of the disk, or of what is written
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise WriteError(f"{path}: cannot write: {error.strerror or error}") from error

@@ -9,6 +9,7 @@ KINDS = {
     "sft": "stages.sft.config:SPEC",
     "reward": "stages.reward.config:SPEC",
     "dpo": "stages.dpo.config:SPEC",
+    "kto": "stages.kto.config:SPEC",
     "ppo": "stages.ppo.config:PPO",
     "rloo": "stages.ppo.config:RLOO",
     "grpo": "stages.ppo.config:GRPO",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from align.evaluation.statistics import share_interval
 from align.generation.engine import left_pad
 from align.models.roles import Role
 from align.training.logprobs import response_states, state_logprobs
@@ -52,21 +50,6 @@ def token_loss(role: Role, rows: Sequence[dict[str, list[int]]], pad_id: int) ->
             total -= float(logprobs.sum())
             count += int(trained.sum())
     return total / count
-
-
-def preference_metrics(
-    policy: Role, reference: Role, rows: Sequence[dict[str, list[int]]], pad_id: int
-) -> dict[str, Any]:
-    """How often the policy's implicit reward log pi - log ref ranks a held-out pair right, with its interval."""
-    prompts = [row["prompt_ids"] for row in rows]
-    margins = [0.0] * len(rows)
-    for side, sign in (("chosen_ids", 1), ("rejected_ids", -1)):
-        responses = [row[side] for row in rows]
-        ours = response_logprob_sums(policy, prompts, responses, pad_id)
-        theirs = response_logprob_sums(reference, prompts, responses, pad_id)
-        margins = [margin + sign * (a - b) for margin, a, b in zip(margins, ours, theirs, strict=True)]
-    accuracy, interval = share_interval(sum(margin > 0 for margin in margins), len(margins))
-    return {"accuracy": accuracy, "accuracy_ci95": interval, "pairs": len(rows)}
 
 
 def right_pad(

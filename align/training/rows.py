@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 from align.context import Context
 from align.data.load import Dataset, load
 from align.data.render import Renderer
-from align.data.rows import Demonstration, Preference
+from align.data.rows import Demonstration, Judgement, Preference
 from align.errors import DataError, Problem
 from align.recipe.settings import DataSettings, Role, TrainingSettings
 from align.records import write_text
 
 Row = TypeVar("Row")
-TokenRow = dict[str, list[int]]
+TokenRow = dict[str, Any]
+"""Lists of token ids by name, and what is known of the row."""
 MAX_SHOWN = 20
 
 
@@ -49,6 +50,15 @@ def preference_row(renderer: Renderer, row: Preference) -> TokenRow:
     }
 
 
+def judgement_row(renderer: Renderer, row: Judgement) -> TokenRow:
+    """prompt_ids, response_ids and is_good; the response ends with the end-of-turn token."""
+    return {
+        "prompt_ids": renderer.prompt(row.prompt, row.source),
+        "response_ids": renderer.response(row.prompt, row.response, row.source),
+        "is_good": row.is_good,
+    }
+
+
 def token_rows(
     rows: Sequence[Row], convert: Callable[[Row], TokenRow], config: TrainingSettings, stage: str
 ) -> tuple[list[TokenRow], int]:
@@ -78,7 +88,8 @@ def token_rows(
     return kept, len(problems)
 
 
-def _longest(row: dict[str, Any]) -> int:
+def _longest(row: TokenRow) -> int:
     if "input_ids" in row:
         return len(row["input_ids"])
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    responses = [row[name] for name in ("chosen_ids", "rejected_ids", "response_ids") if name in row]
+    return len(row["prompt_ids"]) + max(map(len, responses))

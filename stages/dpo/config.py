@@ -1,17 +1,39 @@
-"""Settings of `dpo`: direct preference optimisation. Torch-free."""
+"""Settings of `dpo`: direct preference optimisation and its relatives. Torch-free."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings, refuse, source
 from align.recipe.spec import Kind, Slot, StageSpec
 
+LOSS_SETTINGS: dict[str, dict[str, float]] = {
+    "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},
+    "robust": {"beta": 0.1, "label_smoothing": 0.1},
+    "hinge": {"beta": 0.1},
+    "ipo": {"beta": 0.1},
+    "exo": {"beta": 0.1, "label_smoothing": 1e-3},
+    "apo_zero": {"beta": 0.1},
+    "apo_down": {"beta": 0.1},
+    "sppo": {"beta": 1e-3},
+    "aot": {"beta": 0.1, "label_smoothing": 0.0},
+    "aot_unpaired": {"beta": 0.1, "label_smoothing": 0.0},
+    "simpo": {"beta": 2.0, "gamma": 1.0},
+    "orpo": {"beta": 0.1},
+    "cpo": {"beta": 0.1},
+}
+"""What each loss of stages/dpo/losses.py takes, and the value where the recipe has none."""
+
+WITHOUT_REFERENCE = ("simpo", "orpo", "cpo")
+WITH_SFT = ("orpo", "cpo")
+"""Losses that are published with the likelihood of chosen answers added."""
+
 
 class Config(TrainingSettings):
-    """DPO (Rafailov et al. 2023) on TRL's DPOTrainer. The reference is the policy this stage starts from, frozen."""
+    """Learning from preference pairs without a reward model: DPO (Rafailov et al. 2023) and its relatives. The
+    reference is the policy this stage starts from, frozen."""
 
     kind: Literal["dpo"] = "dpo"
     """Stage kind."""
@@ -22,28 +44,85 @@ class Config(TrainingSettings):
     data: Data | None = None
     """Preferences. None: the recipe's `data`."""
 
-    beta: PositiveFloat = 0.1
-    """Strength of the KL constraint: larger stays closer to the reference."""
+    loss: Literal[
+        "sigmoid",
+        "robust",
+        "hinge",
+        "ipo",
+        "exo",
+        "apo_zero",
+        "apo_down",
+        "sppo",
+        "aot",
+        "aot_unpaired",
+        "simpo",
+        "orpo",
+        "cpo",
+    ] = "sigmoid"
+    """sigmoid is DPO. docs/dpo.md has the equation of each and says which to take when."""
 
-    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """sigmoid is DPO; hinge is SLiC; ipo is Azar et al. 2023 with TRL's per-token mean."""
+    beta: PositiveFloat | None = None
+    """Larger stays closer to the reference; simpo, cpo: the scale of log-probabilities; orpo: the weight of the odds
+    ratio. None: 0.1; simpo 2, sppo 0.001."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    """sigmoid, robust, exo, aot: the share of labels that are wrong. None: 0; robust 0.1, exo 0.001."""
+
+    gamma: Annotated[float, Field(ge=0)] | None = None
+    """simpo: the margin by which a chosen answer shall win. None: 1."""
+
+    sft_weight: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the negative log-likelihood of chosen answers per token, which is added to any loss: it keeps them
+    likely. None: 0; orpo and cpo 1."""
+
+    precompute_reference: bool = False
+    """Computes the reference's log-probabilities once before training and keeps them on disk, so that it is not in
+    memory while training. They differ from those computed on the way by rounding."""
 
     optim: OptimSettings = OptimSettings(lr=1e-6, schedule="linear", warmup=0.1)
-    """Optimiser. With `lora`, about 1e-5."""
+    """Optimiser. With `lora`, about 1e-5; orpo, which needs no sft before it, 8e-6."""
 
     seed: int | None = None
     """None: the recipe's seed."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss has a reference."""
+        return self.loss not in WITHOUT_REFERENCE
+
+    @property
+    def loss_settings(self) -> dict[str, float]:
+        """The arguments of the loss by name."""
+        defaults = LOSS_SETTINGS[self.loss]
+        given = {name: getattr(self, name) for name in defaults}
+        return {name: defaults[name] if value is None else value for name, value in given.items()}
+
+    @property
+    def sft_share(self) -> float:
+        """`sft_weight`, or what the loss is published with."""
+        return float(self.loss in WITH_SFT) if self.sft_weight is None else self.sft_weight
+
     @model_validator(mode="after")
-    def _no_dropout(self) -> Config:
+    def _fits_the_loss(self) -> Config:
+        takes = LOSS_SETTINGS[self.loss]
+        problems = {
+            name: f"the loss {self.loss} has no {name}; it takes {', '.join(takes)}"
+            for name in ("label_smoothing", "gamma")
+            if getattr(self, name) is not None and name not in takes
+        }
+        if self.loss == "exo" and self.label_smoothing == 0:
+            problems["label_smoothing"] = "exo compares with the labels' distribution, which needs a share above 0"
+        if self.precompute_reference and not self.needs_reference:
+            problems["precompute_reference"] = f"the loss {self.loss} has no reference"
         if self.lora is not None and self.lora.dropout:
-            refuse({"lora.dropout": "has to be 0: policy and reference must agree before the first step"})
+            problems["lora.dropout"] = "has to be 0: policy and reference must agree before the first step"
+        refuse(problems)
         return self
 
 
 SPEC = StageSpec(
     kind="dpo",
-    version=2,
+    version=3,
     summary="direct preference optimisation from preference pairs",
     config=Config,
     output=Kind.POLICY,

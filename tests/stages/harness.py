@@ -28,6 +28,7 @@ COMMON: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "sft": COMMON,
     "dpo": COMMON,
+    "kto": COMMON,
     "reward": COMMON | {"normalise": {"samples": 32, "max_response_tokens": 8}},
 }
 LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8}}
@@ -41,7 +42,7 @@ def write_data(folder: Path) -> dict[str, str]:
     preferences.write_text(
         "".join(json.dumps({"prompt": p, "chosen": "sure , " + a, "rejected": "ugh , " + a}) + "\n" for p, a in rows)
     )
-    return {"sft": str(demonstrations), "dpo": str(preferences), "reward": str(preferences)}
+    return {"sft": str(demonstrations)} | dict.fromkeys(("dpo", "kto", "reward"), str(preferences))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Kahneman-Tversky optimisation on token ids that our own renderer made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from datasets import Dataset as RowDataset
+from transformers import set_seed
+
+from align.context import Context
+from align.data.rows import Prompt
+from align.errors import DataError, Problem
+from align.evaluation.stage import evaluate_stage, held_out_prompts, sampler
+from align.generation.transformers_engine import TransformersEngine
+from align.job import StageResult
+from align.models.handover import NUM_PROBES
+from align.models.lora import add_lora, trainable_parameters
+from align.models.opened import Opened, commit_policy, open_policy
+from align.models.roles import causal_role
+from align.recipe.settings import EvaluationSettings, Role
+from align.training.responses import Reference, open_reference, reference_role
+from align.training.rows import TokenRow, judgement_row, load_rows, token_rows
+from align.training.trainer import run_training, trainer_arguments
+from stages.kto.config import Config
+from stages.kto.losses import class_weights
+from stages.kto.trainer import JudgementTrainer, Weighing, held_out_metrics, with_mismatches
+
+
+def run(config: Config, context: Context) -> StageResult:
+    """Loads the policy, trains on judged answers, measures, commits."""
+    set_seed(context.seed("weights"))
+    assert config.data is not None
+    template = config.data.template
+    dataset = load_rows(config.data, Role.JUDGEMENTS, context)
+    opened = open_policy(context.input("policy"), template, quantise=config.quantise)
+    convert = partial(judgement_row, opened.renderer)
+    train, too_long = token_rows(dataset.train, convert, config, context.job.stage)
+    held_out, _ = token_rows(dataset.held_out, convert, config, context.job.stage)
+    evaluation = EvaluationSettings.model_validate(context.job.evaluation)
+    own = list({str(row.prompt): Prompt(row.prompt, row.source) for row in dataset.held_out}.values())
+    prompts = held_out_prompts(evaluation, own, [Prompt(row.prompt, row.source) for row in dataset.train])
+
+    weighing = weigh(config, train, context.job.stage)
+    model = add_lora(opened.model, config.lora) if config.lora else opened.model
+    reference = open_reference(context, template, precompute=config.precompute_reference, has_adapter=bool(config.lora))
+    sample = sampler(context, evaluation, model, opened.renderer, prompts)
+    train_policy(config, context, model, reference, opened, train, weighing, sample)
+    probes = [row["prompt_ids"] + row["response_ids"] for row in (held_out or train)[:NUM_PROBES]]
+    counts = {
+        "good_weight": weighing.good_weight,
+        "bad_weight": weighing.bad_weight,
+        "trained_parameters": trainable_parameters(model),
+        "rows": len(train),
+        "rows_too_long": too_long,
+        "rows_skipped": len(dataset.report.skipped),
+    }
+    ours, theirs = causal_role(model), reference_role(reference, context, template, model)
+    engine = TransformersEngine(model, evaluation.batch_size)
+    metrics = evaluate_stage(context, evaluation, engine, ours, opened.renderer, prompts, theirs)
+    if held_out:
+        metrics |= held_out_metrics(ours, theirs, held_out, opened.renderer.pad_id)
+    _, handover = commit_policy(context.commit_model(), model, opened, probes)
+    return StageResult({**metrics, **counts}, handover)
+
+
+def weigh(config: Config, rows: Sequence[TokenRow], stage: str) -> Weighing:
+    """The weights of good and bad answers in these rows. Raises DataError when there is no good or no bad one."""
+    num_good = sum(row["is_good"] for row in rows)
+    if num_good in (0, len(rows)):
+        missing = "bad" if num_good else "good"
+        raise DataError(
+            Problem(stage, f"none of {len(rows)} answers is {missing}", "KTO learns from the difference: add some")
+        )
+    balance = class_weights(num_good, len(rows) - num_good) if config.balance else (1.0, 1.0)
+    return Weighing(config.beta, config.good_weight * balance[0], config.bad_weight * balance[1])
+
+
+def train_policy(
+    config: Config,
+    context: Context,
+    model: Any,
+    reference: Reference,
+    opened: Opened,
+    train: Sequence[TokenRow],
+    weighing: Weighing,
+    sample: Callable[[int], None],
+) -> None:
+    """Trains `model` in place. The trainer, with its optimiser, is gone afterwards: there is room for measuring."""
+    trainer = JudgementTrainer(
+        model,
+        reference,
+        trainer_arguments(config, context, config.optim, len(train)),
+        RowDataset.from_list(with_mismatches(train, config.max_length, context.seed("mismatches"))),
+        opened.tokenizer,
+    )
+    trainer.weighing = weighing
+    run_training(
+        trainer,
+        context,
+        keep_checkpoints=config.checkpoint.keep,
+        shown={"loss": "loss", "kl": "KL", "rewards/good": "good", "rewards/bad": "bad"},
+        sample=sample,
+        samples_every=config.samples_every,
+    )
