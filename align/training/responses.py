@@ -171,9 +171,8 @@ class ResponseTrainer(CommittedTrainer, DPOTrainer):
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         self.note("entropy", outputs.entropy.sum(1) / tokens[:trained])
-        self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum()) // (
-            self._tp_size or 1
-        )
+        tokens_seen = int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
+        self._total_train_tokens += tokens_seen // (self._tp_size or 1)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
 
@@ -207,8 +206,8 @@ class ResponseTrainer(CommittedTrainer, DPOTrainer):
         """log ref of both responses, summed over their tokens: (2,B)."""
         is_adapter = is_peft_model(self.model)
         off = use_adapter(self.accelerator.unwrap_model(self.model), None) if is_adapter else nullcontext()
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with off, checkpointing, self.accelerator.autocast():
+        kwargs: Any = self.args.gradient_checkpointing_kwargs
+        with off, disable_gradient_checkpointing(self.model, kwargs), self.accelerator.autocast():
             outputs = self._forward(self.ref_model or self.model, batch, slice(None))
         return outputs.log_probs.sum(1).view(2, -1)
 
