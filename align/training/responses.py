@@ -146,7 +146,8 @@ class ResponseTrainer(CommittedTrainer, DPOTrainer):
         values = self.accelerator.gather(values.detach().float())
         if where is not None:
             values = values[self.accelerator.gather(where)]
-        self._metrics["train"][name].extend(values.tolist())
+        if len(values):
+            self._metrics["train"][name].extend(values.tolist())
 
     def compute_loss(
         self,
@@ -163,7 +164,8 @@ class ResponseTrainer(CommittedTrainer, DPOTrainer):
         policy = outputs.log_probs.sum(1)
         if trained < both:
             with torch.no_grad():
-                policy = torch.cat([policy, self._forward(model, inputs, slice(trained, both)).log_probs.sum(1)])
+                second = self._forward(model, inputs, slice(trained, both)).log_probs.sum(1)
+            policy = torch.cat([policy, second])
         tokens = inputs["response_mask"].sum(1)
         scored = Scored(policy.view(2, -1), tokens.view(2, -1), self._reference_of(inputs))
         # The mean gradient of all processes is taken, of which each has its own share of the rows.

@@ -44,7 +44,7 @@ def hidden_states(model, rows) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward"])
 def test_a_finished_stage_is_committed_and_checked(kind, lora, finished):
     """The artifact verifies byte for byte, loads with every check, and what the hand-over check found is reported
     and far below its bound."""
@@ -55,7 +55,7 @@ def test_a_finished_stage_is_committed_and_checked(kind, lora, finished):
     assert (open_reward if kind == "reward" else open_policy)(run.output(), "auto")
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward"])
 def test_the_kept_adapter_on_the_base_is_the_saved_model(kind, finished, base):
     """peft alone, on the stage's start model, gives what the merged model gives: nothing was trained outside it."""
     run, _ = finished(kind, lora=True)
@@ -154,7 +154,7 @@ def test_dpo_begins_at_ln_2_and_its_reference_never_moves(lora, finished, base):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward"])
 def test_bfloat16_training_hands_over_too(kind, lora, new_run, tmp_path):
     """Mixed precision wraps the model's forward in a rounding one, and it stays there after training: measured
     through it, every saved model would seem to differ from what was trained. (The trainer's bf16 also runs on CPU.)"""
@@ -192,7 +192,7 @@ def test_dpo_losses_at_the_start(loss, expected, finished, new_run, tmp_path):
     assert dpo.metrics()[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward"])
 def test_no_stage_trains_on_a_prompt_that_policies_are_measured_on(kind, new_run, tmp_path):
     """Also when it is written with other space around it; the message names both places."""
     run = new_run(kind, tmp_path, **TINY_STEP)

@@ -11,7 +11,7 @@ from align.errors import ArtifactError, Interrupted
 from align.training.checkpoints import newest_valid
 from tests.stages.harness import LORA, STEPS, stop_after, weights_hash
 
-KINDS = ["sft", "dpo", "reward"]
+KINDS = ["sft", "dpo", "kto", "reward"]
 
 
 class Crash(Exception):
