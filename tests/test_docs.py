@@ -1,4 +1,4 @@
-"""What the pages about PPO name is there: code, tests, every row of the checklist, every metric and every alarm.
+"""What the pages about PPO and DPO name is there: code, tests, rows of the checklist, losses, metrics and alarms.
 
 Files are parsed and not imported, so that a page is checked in a moment.
 """
@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from stages.dpo.config import LOSS_SETTINGS, WITH_SFT
 from stages.ppo.alarms import RULES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("checklist.md", "ppo.md")
+PAGES = ("checklist.md", "ppo.md", "dpo.md")
 REFERENCE = re.compile(r"`(?P<path>[\w./]+\.py)?(?:::(?P<name>[\w.*]+))?`")
 """`path.py::name`, `path.py`, or `::name` in the file named before it. `*` stands for anything."""
 
@@ -132,6 +133,34 @@ def test_every_metric_is_in_the_table():
     """And the table has no other."""
     documented = {name for row in rows(page("ppo.md"), "Metrics") for name in quoted(row[0])}
     assert documented == set().union(*map(written, ("metrics.py", "correction.py", "loop.py", "inflight.py", "kl.py")))
+
+
+def test_every_loss_is_in_the_table():
+    """With the settings it takes, and their values where nothing is said."""
+    table = {quoted(row[0])[0]: row[2] for row in rows(page("dpo.md"), "Losses of `dpo`") if row[0].startswith("`")}
+    assert list(table)[: len(LOSS_SETTINGS)] == list(LOSS_SETTINGS)
+    for loss, settings in LOSS_SETTINGS.items():
+        said = dict(re.findall(r"`(\w+)`[ e=]* ([\d.]+)", table[loss]))
+        expected = settings | ({"sft_weight": 1.0} if loss in WITH_SFT else {})
+        assert {name: float(value) for name, value in said.items()} == expected
+
+
+def test_every_metric_of_pairs_and_judgements_is_in_the_table():
+    """What the trainers note at a step."""
+    documented = {name for row in rows(page("dpo.md"), "Metrics") for name in quoted(row[0])}
+    paths = ("align/training/responses.py", "stages/dpo/trainer.py", "stages/kto/trainer.py")
+    noted = set().union(*map(_noted, paths))
+    assert {"rewards/chosen", "kl", "entropy"} <= noted
+    assert noted <= documented
+
+
+def _noted(path: str) -> set[str]:
+    """First arguments of `self.note`, for every value of the loop's variable in them."""
+    sides = ("good", "bad") if "kto" in path else ("chosen", "rejected")
+    code = located(path).read_text(encoding="utf-8")
+    names = re.findall(r'self\.note\(f?"([^"]+)"', code)
+    assert len(names) == code.count("self.note(")
+    return {re.sub(r"\{\w+\}", side, name) for name in names for side in sides}
 
 
 def written(path: str) -> set[str]:

@@ -16,8 +16,8 @@ from align.recipe.settings import ReadSettings, Role
 TAKEN_BY = {
     Role.CORPUS: "base takes text",
     Role.DEMONSTRATIONS: "sft takes demonstrations",
-    Role.PREFERENCES: "reward and dpo take preferences",
-    Role.JUDGEMENTS: "no stage takes judgements alone",
+    Role.PREFERENCES: "reward, dpo and kto take preferences",
+    Role.JUDGEMENTS: "kto takes judgements",
     Role.PROMPTS: "ppo takes prompts",
 }
 

@@ -18,8 +18,8 @@ from align.records import sha256_file, write_text
 STAGES = {
     Role.CORPUS: ["base"],
     Role.DEMONSTRATIONS: ["sft"],
-    Role.PREFERENCES: ["reward", "dpo"],
-    Role.JUDGEMENTS: ["reward", "dpo"],
+    Role.PREFERENCES: ["reward", "dpo", "kto"],
+    Role.JUDGEMENTS: ["kto", "reward", "dpo"],
     Role.PROMPTS: ["ppo"],
 }
 """Kinds of stages that take such rows."""

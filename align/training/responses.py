@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer
@@ -31,6 +32,8 @@ from align.training.trainer import CommittedTrainer
 PROMPT = "prompt_ids"
 REFERENCE = "reference_logprobs"
 """The column of the reference's log-probabilities: two numbers for each row."""
+DISPLACED = -0.5
+"""Nats per token that good answers may lose before a person is told."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,17 @@ def reference_role(reference: Reference, context: Context, template: str, policy
     if is_peft_model(policy):
         return replace(causal_role(policy), switch=policy.disable_adapter)
     return causal_role(reference.model or open_policy(context.input("policy"), template).model)
+
+
+def warn_of_displacement(stage: str, answers: str, log_ratio: float | None) -> None:
+    """Tells a person when the answers that were to be learnt became much less likely (Razin et al. 2024). `log_ratio`
+    is log pi - log ref of a token of held-out ones."""
+    if log_ratio is not None and log_ratio < DISPLACED:
+        Console(stderr=True).print(
+            f"  [yellow]{stage}:[/] {answers} answers became less likely too, by {-log_ratio:.2f} nats per token: "
+            "their likelihood went to answers that nobody judged; a larger beta or fewer steps move less of it",
+            highlight=False,
+        )
 
 
 class ResponseTrainer(CommittedTrainer, DPOTrainer):

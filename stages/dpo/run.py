@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset as RowDataset
-from rich.console import Console
 from transformers import set_seed
 
 from align.context import Context
@@ -21,14 +20,11 @@ from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import Opened, commit_policy, open_policy
 from align.models.roles import causal_role
 from align.recipe.settings import EvaluationSettings, Role
-from align.training.responses import Reference, open_reference, reference_role
+from align.training.responses import Reference, open_reference, reference_role, warn_of_displacement
 from align.training.rows import TokenRow, load_rows, preference_row, token_rows
 from align.training.trainer import run_training, trainer_arguments
 from stages.dpo.config import Config
 from stages.dpo.trainer import PreferenceTrainer, held_out_metrics
-
-DISPLACED = -0.5
-"""Nats per token that chosen answers may lose before a person is told."""
 
 
 def run(config: Config, context: Context) -> StageResult:
@@ -66,7 +62,7 @@ def run(config: Config, context: Context) -> StageResult:
     metrics = evaluate_model(context, evaluation, model, folder, opened.renderer, prompts, theirs)
     if held_out:
         metrics |= held_out_metrics(config, ours, theirs, held_out, opened.renderer.pad_id)
-        warn_of_displacement(context.job.stage, metrics)
+        warn_of_displacement(context.job.stage, "chosen", metrics.get("chosen_log_ratio"))
     _, handover = commit_policy(context.commit_model(), model, opened, probes)
     return StageResult({**metrics, **counts}, handover)
 
@@ -97,14 +93,3 @@ def train_policy(
         sample=sample,
         samples_every=config.samples_every,
     )
-
-
-def warn_of_displacement(stage: str, metrics: dict[str, Any]) -> None:
-    """Tells a person when held-out chosen answers became much less likely (Razin et al. 2024)."""
-    lost = metrics.get("chosen_log_ratio", 0.0)
-    if lost < DISPLACED:
-        Console(stderr=True).print(
-            f"  [yellow]{stage}:[/] chosen answers became less likely too, by {-lost:.2f} nats per token: "
-            "a larger beta, sft_weight: 1, or fewer steps keep them likely",
-            highlight=False,
-        )

@@ -20,7 +20,7 @@ from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import Opened, commit_policy, open_policy
 from align.models.roles import causal_role
 from align.recipe.settings import EvaluationSettings, Role
-from align.training.responses import Reference, open_reference, reference_role
+from align.training.responses import Reference, open_reference, reference_role, warn_of_displacement
 from align.training.rows import TokenRow, judgement_row, load_rows, token_rows
 from align.training.trainer import run_training, trainer_arguments
 from stages.kto.config import Config
@@ -61,6 +61,7 @@ def run(config: Config, context: Context) -> StageResult:
     metrics = evaluate_stage(context, evaluation, engine, ours, opened.renderer, prompts, theirs)
     if held_out:
         metrics |= held_out_metrics(ours, theirs, held_out, opened.renderer.pad_id)
+        warn_of_displacement(context.job.stage, "good", metrics.get("good_log_ratio"))
     _, handover = commit_policy(context.commit_model(), model, opened, probes)
     return StageResult({**metrics, **counts}, handover)
 

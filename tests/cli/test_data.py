@@ -241,7 +241,7 @@ def test_a_new_card_is_measured_and_is_not_done() -> None:
     source = write("a.jsonl", pair(1), pair(2), pair(2))
     align("card", "mine", "--init", source)
     text = Path("data_cards/mine.md").read_text(encoding="utf-8")
-    assert "rows: 3\n  role: preferences\n  intended_use:\n  - reward\n  - dpo\n" in text
+    assert "rows: 3\n  role: preferences\n  intended_use:\n  - reward\n  - dpo\n  - kto\n" in text
     assert "Found by `align data check` (warning): duplicate, 1." in text
     assert "TODO left" in align("card", "mine", "--check", code=3)
     assert "already exists" in align("card", "mine", "--init", source, code=2)

@@ -1,5 +1,5 @@
 """`align run dpo` and `align run kto` on every public shape that serves them: from the published columns to a committed
-model, on a tiny one. Most stages run in this process, two through the command line."""
+model, on a tiny one. All but one in this process."""
 
 from __future__ import annotations
 
@@ -62,22 +62,14 @@ def test_kto(name, base, tmp_path):
     assert trained(run) == 2
 
 
-def hh(number: int) -> dict:
-    asked = f"\n\nHuman: Colour {number}?\n\nAssistant: "
-    return {"chosen": asked + "Blue.", "rejected": asked + "Seven."}
-
-
-def unpaired(number: int) -> dict:
-    return {"prompt": f"Colour {number}?", "completion": "Blue.", "label": number % 2 == 0}
-
-
-@pytest.mark.parametrize(("kind", "row"), [("dpo", hh), ("kto", unpaired)])
-def test_command_line(kind, row, base, tmp_path):
-    """Without a recipe, as a user starts them; a part of twelve prompts is held out."""
-    written(tmp_path, [row(number) for number in range(12)])
-    command = [sys.executable, "-m", "align", "run", kind, "--model", base.path, "--data", "rows.jsonl"]
+def test_command_line(base, tmp_path):
+    """Judged answers without a recipe, as a user starts kto; a part of twelve prompts is held out. (dpo:
+    tests/end_to_end/test_chain.py.)"""
+    rows = [{"prompt": f"Colour {n}?", "completion": "Blue.", "label": n % 2 == 0} for n in range(12)]
+    written(tmp_path, rows)
+    command = [sys.executable, "-m", "align", "run", "kto", "--model", base.path, "--data", "rows.jsonl"]
     done = subprocess.run(
-        [*command, f"{kind}.max_steps=1", "evaluation.max_response_tokens=8"],
+        [*command, "kto.max_steps=1", "evaluation.max_response_tokens=8"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -86,7 +78,7 @@ def test_command_line(kind, row, base, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (record,) = tmp_path.glob(f"runs/*/{kind}/*/record.json")
+    (record,) = tmp_path.glob("runs/*/kto/*/record.json")
     metrics = json.loads(record.read_text(encoding="utf-8"))["metrics"]
     assert 6 <= metrics["rows"] < 12
-    assert metrics["rows"] + (metrics["pairs"] if kind == "dpo" else metrics["good"] + metrics["bad"]) == 12
+    assert metrics["rows"] + metrics["good"] + metrics["bad"] == 12
