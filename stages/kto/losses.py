@@ -42,8 +42,9 @@ def mismatches(prompts: Sequence[Hashable], seed: int) -> list[int | None]:
     """
     order = list(range(len(prompts)))
     random.Random(seed).shuffle(order)
+    following = dict(zip(order, order[1:] + order[:1], strict=True))
     chosen: list[int | None] = [None] * len(prompts)
-    # Backwards along two rounds of the cycle: the next row with another prompt is the next row, or that row's own.
-    for here, after in zip(reversed(order * 2), reversed([*order[1:], *order, order[0]]) if order else (), strict=True):
+    for here in reversed(order * 2):  # the second round is for rows at the end, which ask those at the start
+        after = following[here]
         chosen[here] = after if prompts[after] != prompts[here] else chosen[after]
     return chosen
