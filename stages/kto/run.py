@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset as RowDataset
@@ -12,10 +13,10 @@ from transformers import set_seed
 from align.context import Context
 from align.data.rows import Prompt
 from align.errors import DataError, Problem
-from align.evaluation.stage import evaluate_stage, held_out_prompts, sampler
-from align.generation.transformers_engine import TransformersEngine
+from align.evaluation.stage import evaluate_model, held_out_prompts, sampler
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
+from align.models.load import local_folder
 from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import Opened, commit_policy, open_policy
 from align.models.roles import causal_role
@@ -57,8 +58,8 @@ def run(config: Config, context: Context) -> StageResult:
         "rows_skipped": len(dataset.report.skipped),
     }
     ours, theirs = causal_role(model), reference_role(reference, context, template, model)
-    engine = TransformersEngine(model, evaluation.batch_size)
-    metrics = evaluate_stage(context, evaluation, engine, ours, opened.renderer, prompts, theirs)
+    folder = Path(local_folder(context.input("policy")))
+    metrics = evaluate_model(context, evaluation, model, folder, opened.renderer, prompts, theirs)
     if held_out:
         metrics |= held_out_metrics(ours, theirs, held_out, opened.renderer.pad_id)
         warn_of_displacement(context.job.stage, "good", metrics.get("good_log_ratio"))
