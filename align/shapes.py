@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from align.data.load import load
 from align.data.render import Renderer
 from align.data.tokenizer import tokenizer_of
 from align.recipe.settings import DataSettings, Role
-from align.training.rows import demonstration_row, preference_row
+from align.training.rows import TokenRow, demonstration_row, judgement_row, preference_row
 
 SAMPLED = 1000
 """Rows whose tokens are counted; of longer data every n-th."""
@@ -105,9 +104,16 @@ def _normalised(name: str, module: Any, width: int, config: Any) -> int:
     return size * (config.num_key_value_heads if "k_" in name.rpartition(".")[2] else config.num_attention_heads)
 
 
+PARTS: dict[Role, tuple[Callable[[Renderer, Any], TokenRow], tuple[str, ...]]] = {
+    Role.DEMONSTRATIONS: (demonstration_row, ("input_ids",)),
+    Role.PREFERENCES: (preference_row, ("prompt_ids", "chosen_ids", "rejected_ids")),
+    Role.JUDGEMENTS: (judgement_row, ("prompt_ids", "response_ids")),
+}
+"""How rows become tokens, and in which parts."""
+
+
 def row_lengths(folder: str, trust_remote_code: bool, data: dict[str, Any], role: str) -> list[list[int]]:
-    """Tokens of each part of the sampled rows: [[prompt, response, ...], ...]; demonstrations are one part, pairs are
-    prompt, chosen and rejected."""
+    """Tokens of each part of the sampled rows, as in PARTS; prompts are one part."""
     settings = DataSettings.model_validate(data)
     renderer = Renderer(tokenizer_of(folder, trust_remote_code=trust_remote_code), settings.template)
     rows = load(settings, Role(role)).train
@@ -119,10 +125,9 @@ def _lengths(renderer: Renderer, rows: list[Any], role: Role) -> Iterator[list[i
     if role is Role.PROMPTS:
         yield from ([len(renderer.prompt(row.messages, row.source))] for row in rows)
         return
-    convert = partial(demonstration_row if role is Role.DEMONSTRATIONS else preference_row, renderer)
-    parts = ("input_ids",) if role is Role.DEMONSTRATIONS else ("prompt_ids", "chosen_ids", "rejected_ids")
+    convert, parts = PARTS[role]
     for row in rows:
-        converted = convert(row)
+        converted = convert(renderer, row)
         yield [len(converted[part]) for part in parts]
 
 

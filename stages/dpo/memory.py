@@ -13,8 +13,9 @@ from stages.dpo.config import Config
 def workload(
     config: Config, inputs: Mapping[str, Input], lengths: Lengths, processes: int, evaluation: Mapping[str, Any]
 ) -> Workload:
-    """The policy and, unless it is the base of an adapter, the frozen reference; a pair is two sequences."""
-    reference = [] if config.lora else [Held("reference", "policy")]
+    """The policy and, where one is in memory while training, the frozen reference; a pair is two sequences."""
+    has_reference = config.needs_reference and not config.precompute_reference and config.lora is None
+    reference = [Held("reference", "policy")] if has_reference else []
     return trl_workload(
         config,
         lengths,

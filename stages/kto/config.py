@@ -66,5 +66,6 @@ SPEC = StageSpec(
     run="stages.kto.run:run",
     data=Role.JUDGEMENTS,
     inputs={"policy": Slot(Kind.POLICY, defaults=("sft", "base"))},
+    workload="stages.kto.memory:workload",
     trainer_config="trl.trainer.dpo_config:DPOConfig",
 )

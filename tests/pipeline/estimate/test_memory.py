@@ -109,6 +109,12 @@ def test_lengths_that_are_unknown_are_the_longest_allowed():
     assert (work.num_steps, work.tokens) == (None, None)
 
 
+@pytest.mark.parametrize("settings", [{"precompute_reference": True}, {"loss": "simpo"}])
+def test_a_reference_that_is_not_in_memory_is_not_counted(settings):
+    work = dpo(Dpo(batch_size=8, max_length=20, **settings), POLICY, PAIRS, 1, EVALUATION)
+    assert [one.role for one in work.models] == ["trained"]
+
+
 @pytest.mark.parametrize(("lora", "roles"), [(None, ["trained", "reference"]), (LORA, ["trained"])])
 def test_dpo_has_two_sequences_of_a_pair_and_a_reference_without_adapters(lora, roles):
     work = dpo(Dpo(batch_size=8, max_length=20, lora=lora), POLICY, PAIRS, 1, EVALUATION)
