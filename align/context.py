@@ -49,6 +49,7 @@ class Context:
         self.samples = JsonLines(self.directory / "samples.jsonl")
         self.checkpoints = self.directory / "checkpoints"
         self.model_directory = self.directory / "model"
+        self.cache = Path(job.cache) if job.cache else self.directory / "cache"
         self.stop = stop or StopFlag()
 
     def seed(self, name: str) -> int:

@@ -39,6 +39,8 @@ class Job:
     track: list[str]
     identity: dict[str, Any]
     """What the fingerprint is the hash of; `align plan` compares it field by field."""
+    cache: str = ""
+    """Folder that runs share, of what can be made again at any time. Empty: `cache/` in the stage's own folder."""
 
 
 @dataclass(frozen=True)

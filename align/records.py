@@ -114,9 +114,10 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Removes what an interrupted commit or deletion left in `folder`; returns what was removed."""
-    left = [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]
+def sweep(folder: Path, name: str = "") -> list[Path]:
+    """Removes what an interrupted commit or deletion left in `folder`, of the target `name` or of any; returns what was
+    removed."""
+    left = [*folder.glob(f".tmp-{name}*"), *folder.glob(f".trash-{name}*")]
     for path in left:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -77,7 +77,8 @@ class Renderer:
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 edges.append(self._prefix_length(messages[:index], text, source, add_generation_prompt=True))
-                edges.append(self._prefix_length(messages[: index + 1], text, source))
+                is_last = index == len(messages) - 1
+                edges.append(len(text) if is_last else self._prefix_length(messages[: index + 1], text, source))
         ids: list[int] = []
         mask: list[bool] = []
         end = 0
@@ -141,7 +142,8 @@ class Renderer:
         it generates after the prompt's own ids.
         """
         whole = self._encode(text)
-        prefixes = [self._encode(text[:edge]) for edge in edges]
+        known = {0: [], len(text): whole}
+        prefixes = [known[edge] if edge in known else self._encode(text[:edge]) for edge in edges]
         if all(whole[: len(prefix)] == prefix for prefix in prefixes):
             return [whole[len(before) : len(after)] for before, after in pairwise(prefixes)]
         return [self._encode(text[before:after]) for before, after in pairwise(edges)]

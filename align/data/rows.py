@@ -57,3 +57,9 @@ class Document:
 
 
 Row = Demonstration | Preference | Judgement | Prompt | Document
+
+
+def asked(row: Demonstration | Preference | Judgement) -> Prompt:
+    """What was answered in a row."""
+    messages = row.messages[:-1] if isinstance(row, Demonstration) else row.prompt
+    return Prompt(messages, row.source)

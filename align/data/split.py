@@ -6,8 +6,9 @@ import hashlib
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-from align.data.rows import Message
+from align.data.rows import Message, Prompt
 from align.records import canonical_json
 
 WIDTH = 16
@@ -51,6 +52,18 @@ def text_key(text: str) -> str:
 def digest(key: str) -> bytes:
     """What stands for a key of any length: the last WIDTH bytes of its sha256."""
     return hashlib.sha256(key.encode()).digest()[-WIDTH:]
+
+
+class Place(NamedTuple):
+    """The key of a prompt, and where it is: all that a search for leaks needs of it."""
+
+    key: bytes
+    source: str
+
+
+def places(prompts: Iterable[Prompt]) -> Iterator[Place]:
+    """The keys and places of prompts."""
+    return (Place(digest(prompt_key(prompt.messages)), prompt.source) for prompt in prompts)
 
 
 def share(key: bytes) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from align.data.render import PAD_TOKEN, Renderer
 from align.errors import ArtifactError
+from align.records import fingerprint, sha256_file
 
 
 def tokenizer_of(folder: str, *, trust_remote_code: bool = False) -> Any:
@@ -21,6 +23,13 @@ def tokenizer_of(folder: str, *, trust_remote_code: bool = False) -> Any:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """One hash of all that a tokenizer and its chat template are; not of where they lie."""
+    with TemporaryDirectory(prefix="align-") as folder:
+        files = [Path(name) for name in tokenizer.save_pretrained(folder)]
+        return fingerprint({path.name: sha256_file(path) for path in files if path.is_file()})
 
 
 def renderer_of(folder: Path) -> Renderer:

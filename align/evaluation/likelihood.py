@@ -41,7 +41,7 @@ def token_loss(role: Role, rows: Sequence[dict[str, list[int]]], pad_id: int) ->
     total, count = 0.0, 0
     with role.evaluating():
         for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
+            batch = list(rows[start : start + BATCH])
             ids, valid = right_pad([row["input_ids"] for row in batch], pad_id, role.device)
             labels, _ = right_pad([row["labels"] for row in batch], -100, role.device)
             trained = labels[:, 1:] != -100

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from align.context import Context
 from align.data.load import load
 from align.data.render import Renderer
 from align.data.rows import Prompt
-from align.data.split import prompt_key
+from align.data.split import Place, places
 from align.errors import DataError, Problem
 from align.evaluation.policy import RewardScorer, evaluate_policy, response_sampling
 from align.generation.engine import RolloutEngine
@@ -30,7 +30,7 @@ NUM_SHOWN = 4
 
 
 def held_out_prompts(
-    settings: EvaluationSettings, own: Sequence[Prompt], training: Sequence[Prompt] = ()
+    settings: EvaluationSettings, own: Sequence[Prompt], training: Iterable[Place] = ()
 ) -> Sequence[Prompt]:
     """The prompts to measure on: `evaluation.data` if the recipe names it, else the stage's own held-out prompts.
 
@@ -39,9 +39,10 @@ def held_out_prompts(
     prompts = own
     if settings.data is not None:
         prompts = load(settings.data.model_copy(update={"held_out": 0.0}), Role.PROMPTS).train
-    seen = {prompt_key(prompt.messages): prompt.source for prompt in training}
-    keyed = [(prompt.source, prompt_key(prompt.messages)) for prompt in prompts]
-    leaks = [(source, seen[key]) for source, key in keyed if key in seen]
+    measured = list(places(prompts))
+    keys = {place.key for place in measured}
+    seen = {place.key: place.source for place in training if place.key in keys}
+    leaks = [(place.source, seen[place.key]) for place in measured if place.key in seen]
     if leaks:
         fix = "remove one" if settings.data is not None else "give both files the same `held_out`"
         raise DataError(

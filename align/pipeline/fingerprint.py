@@ -23,6 +23,9 @@ from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.settings import DATA_PLACES, DataSettings, ReadSettings, is_marked
 from align.records import fingerprint
 
+CACHE = ".cache"
+"""Folder beside the runs that they share: what is in it can be removed at any time."""
+
 PLACES = (*DATA_PLACES, "files")
 """Settings of data that say where rows lie; the content hash stands for them."""
 
@@ -77,6 +80,7 @@ def _job(
         evaluation=settings.evaluation.model_dump(mode="json"),
         track=list(settings.track),
         identity=identity,
+        cache=str(run_dir.parent / CACHE),
     )
 
 

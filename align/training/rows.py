@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from align.context import Context
+from align.data.files import RowProblem
 from align.data.load import Dataset, load
 from align.data.render import Renderer
 from align.data.rows import Demonstration, Judgement, Preference
+from align.data.spool import Spool
 from align.errors import DataError, Problem
 from align.recipe.settings import DataSettings, Role, TrainingSettings
-from align.records import write_text
+from align.records import write_lines
 
 Row = TypeVar("Row")
 TokenRow = dict[str, Any]
 """Lists of token ids by name, and what is known of the row."""
 MAX_SHOWN = 20
+REJECTED = "rejected.jsonl"
+"""In a stage's folder: every row that it leaves out, with the reason."""
 
 
 def load_rows(settings: DataSettings, role: Role, context: Context) -> Dataset:
     """The rows of a stage. Rows left out are listed in the stage's rejected.jsonl with the reason."""
     dataset = load(settings, role)
-    lines = [
-        json.dumps({"where": one.where, "kind": one.kind, "what": one.what, "hint": one.hint}, ensure_ascii=False)
-        for one in dataset.report.skipped
-    ]
-    if lines:
-        write_text(context.directory / "rejected.jsonl", "\n".join(lines) + "\n")
+    if dataset.report.skipped:
+        write_lines(context.directory / REJECTED, map(rejected_line, dataset.report.skipped))
     return dataset
+
+
+def rejected_line(problem: RowProblem) -> str:
+    """A line of rejected.jsonl."""
+    named = {"where": problem.where, "kind": problem.kind, "what": problem.what, "hint": problem.hint}
+    return json.dumps(named, ensure_ascii=False) + "\n"
 
 
 def demonstration_row(renderer: Renderer, row: Demonstration) -> TokenRow:
@@ -60,32 +66,31 @@ def judgement_row(renderer: Renderer, row: Judgement) -> TokenRow:
 
 
 def token_rows(
-    rows: Sequence[Row], convert: Callable[[Row], TokenRow], config: TrainingSettings, stage: str
-) -> tuple[list[TokenRow], int]:
-    """Converted rows that fit `max_length`, and how many did not.
+    rows: Iterable[Row],
+    convert: Callable[[Row], TokenRow],
+    config: TrainingSettings,
+    stage: str,
+    too_long: Spool[RowProblem],
+) -> Iterator[TokenRow]:
+    """Converted rows that fit `max_length`; the others are added to `too_long`.
 
-    Raises DataError when a row does not fit and `on_long` is error, or when none is left.
+    Raises DataError at the end when a row does not fit and `on_long` is error, or when there were rows and none fits.
     """
-    kept: list[TokenRow] = []
-    problems: list[Problem] = []
+    is_any_kept = False
     for row in rows:
         converted = convert(row)
         length = _longest(converted)
         if length <= config.max_length:
-            kept.append(converted)
+            is_any_kept = True
+            yield converted
         else:
-            problems.append(Problem(row.source, f"{length} tokens, max_length is {config.max_length}"))  # type: ignore[attr-defined]
-    if problems and config.on_long == "error":
-        raise DataError(problems[:MAX_SHOWN])
-    if rows and not kept:
-        raise DataError(
-            Problem(
-                stage,
-                f"none of {len(rows)} rows fits max_length {config.max_length}",
-                "raise it; " + str(problems[0]),
-            )
-        )
-    return kept, len(problems)
+            what = f"{length} tokens, max_length is {config.max_length}"
+            too_long.append(RowProblem(row.source, what, kind="over-long"))  # type: ignore[attr-defined]
+    if too_long and config.on_long == "error":
+        raise DataError(list(too_long[:MAX_SHOWN]))
+    if too_long and not is_any_kept:
+        what = f"none of {len(too_long)} rows fits max_length {config.max_length}"
+        raise DataError(Problem(stage, what, f"raise it; {too_long[0]}"))
 
 
 def _longest(row: TokenRow) -> int:

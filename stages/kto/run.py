@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from datasets import Dataset as RowDataset
 from transformers import set_seed
 
 from align.context import Context
-from align.data.rows import Prompt
 from align.errors import DataError, Problem
 from align.evaluation.stage import evaluate_model, held_out_prompts, sampler
 from align.job import StageResult
@@ -21,8 +19,9 @@ from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import Opened, commit_policy, open_policy
 from align.models.roles import causal_role
 from align.recipe.settings import EvaluationSettings, Role
+from align.training.prepared import prepared
 from align.training.responses import Reference, open_reference, reference_role, warn_of_displacement
-from align.training.rows import TokenRow, judgement_row, load_rows, token_rows
+from align.training.rows import TokenRow, judgement_row
 from align.training.trainer import run_training, trainer_arguments
 from stages.kto.config import Config
 from stages.kto.losses import class_weights
@@ -34,34 +33,30 @@ def run(config: Config, context: Context) -> StageResult:
     set_seed(context.seed("weights"))
     assert config.data is not None
     template = config.data.template
-    dataset = load_rows(config.data, Role.JUDGEMENTS, context)
     opened = open_policy(context.input("policy"), template, quantise=config.quantise)
-    convert = partial(judgement_row, opened.renderer)
-    train, too_long = token_rows(dataset.train, convert, config, context.job.stage)
-    held_out, _ = token_rows(dataset.held_out, convert, config, context.job.stage)
+    rows = prepared(config.data, Role.JUDGEMENTS, opened.renderer, judgement_row, config, context)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
-    own = list({str(row.prompt): Prompt(row.prompt, row.source) for row in dataset.held_out}.values())
-    prompts = held_out_prompts(evaluation, own, [Prompt(row.prompt, row.source) for row in dataset.train])
+    own = list({str(prompt.messages): prompt for prompt in rows.prompts}.values())
+    prompts = held_out_prompts(evaluation, own, rows.trained_on)
 
+    train = list(rows.train)
     weighing = weigh(config, train, context.job.stage)
     model = add_lora(opened.model, config.lora) if config.lora else opened.model
     reference = open_reference(context, template, precompute=config.precompute_reference, has_adapter=bool(config.lora))
     sample = sampler(context, evaluation, model, opened.renderer, prompts)
     train_policy(config, context, model, reference, opened, train, weighing, sample)
-    probes = [row["prompt_ids"] + row["response_ids"] for row in (held_out or train)[:NUM_PROBES]]
+    probes = [row["prompt_ids"] + row["response_ids"] for row in (rows.held_out or rows.train)[:NUM_PROBES]]
     counts = {
         "good_weight": weighing.good_weight,
         "bad_weight": weighing.bad_weight,
         "trained_parameters": trainable_parameters(model),
-        "rows": len(train),
-        "rows_too_long": too_long,
-        "rows_skipped": len(dataset.report.skipped),
+        **rows.counts,
     }
     ours, theirs = causal_role(model), reference_role(reference, context, template, model)
     folder = Path(local_folder(context.input("policy")))
     metrics = evaluate_model(context, evaluation, model, folder, opened.renderer, prompts, theirs)
-    if held_out:
-        metrics |= held_out_metrics(ours, theirs, held_out, opened.renderer.pad_id)
+    if rows.held_out:
+        metrics |= held_out_metrics(ours, theirs, rows.held_out, opened.renderer.pad_id)
         warn_of_displacement(context.job.stage, "good", metrics.get("good_log_ratio"))
     _, handover = commit_policy(context.commit_model(), model, opened, probes)
     return StageResult({**metrics, **counts}, handover)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from align.context import Context
 from align.data.load import load
 from align.data.render import Renderer
 from align.data.rows import Prompt
+from align.data.split import places
 from align.errors import ConfigError, DataError, Problem
 from align.evaluation.policy import load_gold
 from align.evaluation.scorer import RewardScorer
@@ -55,8 +56,8 @@ def run(config: Config, context: Context) -> StageResult:
     accelerator = new_accelerator(context)
     dataset = load_rows(config.data, Role.PROMPTS, context)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
-    trained_on = [*dataset.train, *(load(config.ptx.data, Role.PROMPTS).train if config.ptx else ())]
-    prompts = held_out_prompts(evaluation, dataset.held_out, trained_on)
+    trained_on = chain(dataset.train, load(config.ptx.data, Role.PROMPTS).train if config.ptx else ())
+    prompts = held_out_prompts(evaluation, dataset.held_out, places(trained_on))
     texts = text_scorers(config, context)
 
     models = open_models(config, context, accelerator.device)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset as RowDataset
 from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from align.context import Context
-from align.data.rows import Prompt
 from align.errors import NumericError
 from align.evaluation.reward import pair_metrics
 from align.evaluation.stage import held_out_prompts
@@ -26,7 +24,8 @@ from align.models.opened import Opened, commit_reward, open_as_reward, open_poli
 from align.models.reward import normalise, score_sequences
 from align.models.roles import reward_role
 from align.recipe.settings import EvaluationSettings, Role
-from align.training.rows import TokenRow, load_rows, preference_row, token_rows
+from align.training.prepared import prepared
+from align.training.rows import TokenRow, preference_row
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
 from stages.reward.config import SCORING_BATCH, Config
 
@@ -42,26 +41,24 @@ def run(config: Config, context: Context) -> StageResult:
     """Trains the head and backbone on pairs, normalises, measures on held-out pairs, commits."""
     set_seed(context.seed("weights"))
     assert config.data is not None
-    dataset = load_rows(config.data, Role.PREFERENCES, context)
     opened = open_as_reward(context.input("policy"), config.data.template, quantise=config.quantise)
-    convert = partial(preference_row, opened.renderer)
-    train, too_long = token_rows(dataset.train, convert, config, context.job.stage)
-    held_out, _ = token_rows(dataset.held_out, convert, config, context.job.stage)
+    rows = prepared(config.data, Role.PREFERENCES, opened.renderer, preference_row, config, context)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
     # Raises if one of them is a prompt that policies will be measured on.
-    held_out_prompts(evaluation, (), [Prompt(row.prompt, row.source) for row in dataset.train])
+    held_out_prompts(evaluation, (), rows.trained_on)
 
     model = add_lora(opened.model, config.lora, is_reward=True) if config.lora else opened.model
-    arguments = trainer_arguments(config, context, config.optim, len(train))
+    arguments = trainer_arguments(config, context, config.optim, len(rows.train))
     trainer = PairTrainer(
         model=model,
         args=RewardConfig(
             **arguments,
             max_length=None,
+            remove_unused_columns=False,  # the prompt's, of which the texts are made as they are read
             center_rewards_coefficient=config.center or None,
             disable_dropout=False,  # the model's own is off since it was loaded; an adapter's is what the recipe says
         ),
-        train_dataset=RowDataset.from_list([_full_texts(row) for row in train]),
+        train_dataset=rows.train.table.with_transform(_full_texts),
         processing_class=opened.tokenizer,
     )
     run_training(
@@ -70,19 +67,14 @@ def run(config: Config, context: Context) -> StageResult:
         keep_checkpoints=config.checkpoint.keep,
         shown={"loss": "loss", "accuracy": "accuracy", "margin": "margin"},
     )
-    samples = reference_samples(config, context, opened, train)
+    samples = reference_samples(config, context, opened, rows.train)
     reward = without_wrapper(model).eval()
-    mean, std = normalise_on(reward, samples, train[: len(samples)], opened.renderer.pad_id)
-    probes = [_chosen(row) for row in (held_out or train)[:NUM_PROBES]]
-    counts = {
-        "trained_parameters": trainable_parameters(model),
-        "rows": len(train),
-        "rows_too_long": too_long,
-        "rows_skipped": len(dataset.report.skipped),
-    }
+    mean, std = normalise_on(reward, samples, rows.train[: len(samples)], opened.renderer.pad_id)
+    probes = [_chosen(row) for row in (rows.held_out or rows.train)[:NUM_PROBES]]
+    counts = {"trained_parameters": trainable_parameters(model), **rows.counts}
     after = score_all(reward, samples, opened.renderer.pad_id)
     scale = {"reference_mean": float(after.mean()), "reference_std": float(after.std(unbiased=False))}
-    measured = held_out_metrics(reward, held_out, opened.renderer.pad_id) if held_out else {}
+    measured = held_out_metrics(reward, rows.held_out, opened.renderer.pad_id) if rows.held_out else {}
     _, handover = commit_reward(context.commit_model(), model, opened, probes)
     return StageResult({**measured, **scale, "raw_mean": mean, "raw_std": std, **counts}, handover)
 
@@ -103,14 +95,14 @@ def normalise_on(
             "normalise.samples, or look at the rows: the reward model may have learnt nothing"
         )
     normalise(model, mean, std)
-    setattr(model.config, HIGHEST_FIELD, float(score_all(model, [_chosen(row) for row in train], pad_id).max()))
+    setattr(model.config, HIGHEST_FIELD, float(score_all(model, map(_chosen, train), pad_id).max()))
     return mean, std
 
 
 def held_out_metrics(model: Any, rows: Sequence[TokenRow], pad_id: int) -> dict[str, Any]:
     """Accuracy and its company on held-out pairs."""
-    chosen = score_all(model, [_chosen(row) for row in rows], pad_id)
-    rejected = score_all(model, [row["prompt_ids"] + row["rejected_ids"] for row in rows], pad_id)
+    chosen = score_all(model, map(_chosen, rows), pad_id)
+    rejected = score_all(model, (row["prompt_ids"] + row["rejected_ids"] for row in rows), pad_id)
     lengths = [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
     return pair_metrics(chosen.tolist(), rejected.tolist(), lengths)
 
@@ -140,10 +132,10 @@ def reference_samples(config: Config, context: Context, opened: Opened, train: S
 
 
 @torch.no_grad()
-def score_all(model: Any, sequences: Sequence[list[int]], pad_id: int) -> torch.Tensor:
+def score_all(model: Any, sequences: Iterable[list[int]], pad_id: int) -> torch.Tensor:
     """Scores (N,) of many sequences, a batch at a time."""
-    role = reward_role(model)
-    batches = [sequences[start : start + SCORING_BATCH] for start in range(0, len(sequences), SCORING_BATCH)]
+    role, sequences = reward_role(model), iter(sequences)
+    batches = iter(lambda: list(islice(sequences, SCORING_BATCH)), [])
     return torch.cat([score_sequences(role, batch, pad_id) for batch in batches])
 
 
@@ -151,8 +143,9 @@ def _chosen(row: TokenRow) -> list[int]:
     return row["prompt_ids"] + row["chosen_ids"]
 
 
-def _full_texts(row: TokenRow) -> TokenRow:
+def _full_texts(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+    """Columns of rows as the library's trainer takes them: the prompt is part of both texts."""
     return {
-        "chosen_ids": _chosen(row),
-        "rejected_ids": row["prompt_ids"] + row["rejected_ids"],
+        side: [prompt + answer for prompt, answer in zip(rows["prompt_ids"], rows[side], strict=True)]
+        for side in ("chosen_ids", "rejected_ids")
     }

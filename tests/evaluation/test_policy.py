@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from align.data.rows import Prompt
+from align.data.split import places
 from align.demo import world
 from align.errors import ConfigError, DataError
 from align.evaluation.likelihood import response_logprob_sums
@@ -121,7 +122,7 @@ def test_evaluation_prompts_that_are_trained_on_are_refused(tmp_path):
     with pytest.raises(
         DataError, match=r"eval\.jsonl:2: .*also trained on, at train\.jsonl:3 \(remove one\)"
     ) as caught:
-        held_out_prompts(settings, (), training)
+        held_out_prompts(settings, (), places(training))
     assert len(caught.value.problems) == 1
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from align.context import Context
+from align.data.files import RowProblem
 from align.data.render import Renderer
 from align.data.rows import Preference
+from align.data.spool import Spool
 from align.errors import DataError
 from align.job import Job
 from align.recipe.settings import DataSettings, Role, TrainingSettings
@@ -40,15 +42,16 @@ def as_pair(row: Row) -> dict[str, list[int]]:
 def test_long_rows_are_dropped_and_counted(convert):
     """Exactly the rows over max_length go, whole: none is cut, which would cost it its end of turn. A pair is as long
     as its prompt and its longer answer."""
-    kept, left_out = token_rows(ROWS, convert, TrainingSettings(max_length=5), "sft")
-    assert kept == [convert(ROWS[0]), convert(ROWS[2])]
-    assert left_out == 2
+    too_long: Spool[RowProblem] = Spool(RowProblem)
+    kept = token_rows(ROWS, convert, TrainingSettings(max_length=5), "sft", too_long)
+    assert list(kept) == [convert(ROWS[0]), convert(ROWS[2])]
+    assert [one.where for one in too_long] == ["rows.jsonl:2", "rows.jsonl:4"]
 
 
 def test_long_rows_are_an_error_where_asked():
     """on_long error: every one is named with its place and length."""
     with pytest.raises(DataError) as caught:
-        token_rows(ROWS, as_text, TrainingSettings(max_length=5, on_long="error"), "sft")
+        list(token_rows(ROWS, as_text, TrainingSettings(max_length=5, on_long="error"), "sft", Spool(RowProblem)))
     assert [str(problem) for problem in caught.value.problems] == [
         "rows.jsonl:2: 9 tokens, max_length is 5",
         "rows.jsonl:4: 12 tokens, max_length is 5",
@@ -58,12 +61,12 @@ def test_long_rows_are_an_error_where_asked():
 def test_no_row_left_is_an_error():
     """Dropping everything would train on nothing: the message says which setting to raise, with an example."""
     with pytest.raises(DataError, match=r"sft: none of 4 rows fits max_length 2 .*raise it; rows\.jsonl:1: 3 tokens"):
-        token_rows(ROWS, as_text, TrainingSettings(max_length=2), "sft")
+        list(token_rows(ROWS, as_text, TrainingSettings(max_length=2), "sft", Spool(RowProblem)))
 
 
 def test_no_rows_are_no_error():
     """An empty held-out split is fine."""
-    assert token_rows([], as_text, TrainingSettings(), "sft") == ([], 0)
+    assert list(token_rows([], as_text, TrainingSettings(), "sft", Spool(RowProblem))) == []
 
 
 def test_preference_row_shares_the_prompt_and_ends_both_answers():
