@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -41,6 +41,8 @@ class Job:
     """What the fingerprint is the hash of; `align plan` compares it field by field."""
     cache: str = ""
     """Folder that runs share, of what can be made again at any time. Empty: `cache/` in the stage's own folder."""
+    data_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By setting, what the plan found in its data (align.pipeline.data): for its record, no part of the identity."""
 
 
 @dataclass(frozen=True)

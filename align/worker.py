@@ -131,6 +131,7 @@ def _record(
         "config": job.config,
         "evaluation": job.evaluation,
         "data": (job.identity["data"] or {}).get("content"),
+        "data_reports": job.data_reports,
         "seed": job.seed,
         "metrics": _plain(result.metrics),
         "handover": _plain(result.handover),

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from align.cli.app import app
 from align.errors import ConfigError, DataError, Problem
-from align.recipe.settings import Role
+from align.recipe.load import read_settings
+from align.recipe.settings import ReadSettings, Role
 
 if TYPE_CHECKING:
     from align.data.checking.check import Checked, Order
@@ -30,7 +31,14 @@ TokenizerOption = Annotated[
 
 @data.command()
 def check(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files or folders.", show_default=False)],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH... [KEY=VALUE ...]",
+            help="Files or folders, and settings that say how they are read (`columns.prompt=question`).",
+            show_default=False,
+        ),
+    ],
     role: RoleOption = None,
     tokenizer: TokenizerOption = None,
     max_length: Annotated[
@@ -57,9 +65,11 @@ def check(
         refuse_target(fix)
     if max_length is not None and tokenizer is None:
         raise ConfigError(Problem("--max-length", "counts tokens, so it needs a tokenizer", "add --tokenizer FOLDER"))
-    order = Order(paths, role or _guessed(paths), _renderer(tokenizer), max_length, tuple(against or ()))
-    with progress("checking") as advance:
-        checked = check_rows(order, advance)
+    paths, settings = _read(arguments)
+    role = role or _guessed(paths, settings)
+    order = Order(paths, role, _renderer(tokenizer), max_length, settings, tuple(against or ()))
+    with progress("checking") as (advance, expect):
+        checked = check_rows(order, advance, expect)
     fixed = _fixed(order, checked, fix) if fix is not None else None
     if as_json:
         print(json.dumps(checked.as_json() | {"fixed": fixed}, indent=2, ensure_ascii=False))
@@ -71,7 +81,12 @@ def check(
 
 @data.command()
 def show(
-    path: Annotated[str, typer.Argument(help="A file.", show_default=False)],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH [KEY=VALUE ...]", help="A file, and settings that say how it is read.", show_default=False
+        ),
+    ],
     row: Annotated[
         int, typer.Option(min=1, help="Its line (.jsonl, .csv) or row, as messages name it.", show_default=False)
     ],
@@ -82,9 +97,12 @@ def show(
     from align.cli.row import render_row
     from align.data.checking.one import rows_at
 
+    paths, settings = _read(arguments)
+    if len(paths) > 1:
+        raise ConfigError(Problem(paths[1], "is a second file", "name one"))
     console = Console(highlight=False)
     renderer = _renderer(tokenizer)
-    for found in rows_at(path, row, role or _guessed([path])):
+    for found in rows_at(paths[0], row, role or _guessed(paths, settings), settings):
         console.print(render_row(found, renderer), soft_wrap=False)
 
 
@@ -108,7 +126,7 @@ def card(
     path = cards / f"{name}.md"
     console = Console(highlight=False, soft_wrap=True)
     if init is not None:
-        new_card(path, init, root, role or _guessed([str(init)]))
+        new_card(path, init, root, role or _guessed([str(init)], ReadSettings()))
         console.print(f"wrote {path}; next: replace every TODO, then `align data card {name} --check`", markup=False)
     elif problems := check_card(path, root):
         raise DataError(problems)
@@ -116,11 +134,19 @@ def card(
         console.print(f"{path} agrees with its file", markup=False)
 
 
-def _guessed(paths: list[str]) -> Role:
+def _read(arguments: list[str]) -> tuple[list[str], ReadSettings]:
+    """The paths, and how they are read. Raises ConfigError."""
+    paths = [argument for argument in arguments if "=" not in argument]
+    if not paths:
+        raise ConfigError(Problem(arguments[0], "there is no file to read", "name one before the settings"))
+    return paths, read_settings([argument for argument in arguments if "=" in argument])
+
+
+def _guessed(paths: list[str], settings: ReadSettings) -> Role:
     """What the files hold. Raises DataError where it is nothing that align knows."""
     from align.data.checking.check import guess_role
 
-    return guess_role(paths)
+    return guess_role(paths, settings)
 
 
 def _renderer(folder: Path | None) -> Renderer | None:
@@ -141,6 +167,7 @@ def _fixed(order: Order, checked: Checked, path: Path) -> dict[str, object] | No
         return None
     if not checked.left_out.count(0):
         raise DataError(Problem(", ".join(order.paths), "no row is good, so there is no clean copy"))
-    with progress("writing", len(checked.left_out) + len(checked.rejected)) as advance:
+    with progress("writing") as (advance, expect):
+        expect(len(checked.left_out) + len(checked.rejected))
         kept = write_clean(order, checked, path, advance)
     return {"path": str(path), "rejected": str(rejected_beside(path)), "kept": kept, "left_out": len(checked.rejected)}

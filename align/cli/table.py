@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
+from align.data.checking.findings import Severity
 from align.pipeline.plan import Action, Step
 
 DASH = "–"
@@ -77,7 +79,8 @@ def _metrics_table(kind: str, columns: Sequence[tuple[str, str, int]], rows: Map
 
 
 def render_plan(steps: Sequence[Step]) -> RenderableType:
-    """What each stage of a plan will do, why, and where; below, the models that will be in memory."""
+    """What each stage of a plan will do, why, and where; below, the models that will be in memory, and what looks odd
+    in the data."""
     table = Table("stage", "action", "why", box=SIMPLE_HEAD)
     table.add_column("folder", overflow="fold")
     for step in steps:
@@ -90,7 +93,36 @@ def render_plan(steps: Sequence[Step]) -> RenderableType:
             escape(relative(folder)),
         )
     telling = [step for step in steps if step.runs and step.models]
-    return Group(table, _models_table(telling)) if telling else table
+    parts: list[RenderableType] = [table, *([_models_table(telling)] if telling else [])]
+    return Group(*parts, *_data_notes(steps))
+
+
+def _data_notes(steps: Sequence[Step]) -> Iterator[Text]:
+    """What looks odd in the data of each stage, a line for each kind; stages with the same data share theirs."""
+    readers: dict[str, list[str]] = {}
+    for step in steps:
+        for setting, report in step.job.data_reports.items():
+            for line in _report_lines(report):
+                readers.setdefault(line, []).append(f"{step.job.stage}.{setting}")
+    for line, names in readers.items():
+        yield Text(f"{', '.join(names)}: {line}")
+
+
+def _report_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    rows = report["train"] + report["held_out"]
+    if report["skipped"]:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in report["skipped"].items())
+        yield f"left out: {kinds}"
+    if report["looked_at"] < rows and report["findings"]:
+        yield f"the following is of {report['looked_at']:,} of {rows:,} rows"
+    hints = [finding for finding in report["findings"] if finding["severity"] == Severity.HINT]
+    for finding in report["findings"]:
+        if finding not in hints:
+            place = finding["places"][0]
+            yield f"warning: {finding['kind']}, {finding['count']:,}; {place['where']}: {place['what']}"
+    if hints:
+        kinds = ", ".join(f"{finding['kind']} {finding['count']:,}" for finding in hints)
+        yield f"hints: {kinds} (`align data check` shows them)"
 
 
 def _models_table(steps: Sequence[Step]) -> Table:

@@ -7,15 +7,19 @@ under fixed headings. `align data card NAME --init FILE` starts one, `--check` c
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import dataclass
 from math import log10
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
+from align.data.licences import licence_fault
 from align.data.load import load
+from align.data.readers import survey
 from align.errors import DataError, Problem
 from align.recipe.nearest import did_you_mean
 from align.recipe.settings import DataSettings, Role, Settings
@@ -50,6 +54,12 @@ class CardFacts(Settings):
     rows: PositiveInt
     """Number of rows."""
 
+    columns: list[str]
+    """Every column that a row has."""
+
+    splits: dict[Literal["train", "held_out"], NonNegativeInt]
+    """Rows that stages train on and keep out with the default `held_out`."""
+
     role: Role
     """What stages read it as."""
 
@@ -60,11 +70,26 @@ class CardFacts(Settings):
     """Whether people can be recognised in it."""
 
 
-def read_card(path: Path) -> tuple[CardFacts, str]:
-    """Facts and prose of a card. Raises DataError naming the card and the field that is wrong."""
+@dataclass(frozen=True)
+class Card:
+    """A card that is read."""
+
+    path: Path
+    front: dict[str, Any]
+    prose: str
+    facts: CardFacts
+
+    def as_json(self) -> dict[str, Any]:
+        """What a run that uses the file keeps of it."""
+        named = {"card": self.path.stem, "licence": self.front.get("license"), "languages": self.front.get("language")}
+        return named | self.facts.model_dump(mode="json")
+
+
+def read_card(path: Path) -> Card:
+    """A card. Raises DataError naming the card and the field that is wrong."""
     front, prose = _parts(path)
     try:
-        return CardFacts.model_validate(front["align"]), prose
+        return Card(path, front, prose, CardFacts.model_validate(front["align"]))
     except KeyError as error:
         raise DataError(Problem(str(path), "the front matter has no `align:` block")) from error
     except ValidationError as error:
@@ -94,30 +119,48 @@ def check_card(path: Path, root: Path) -> list[Problem]:
     front, prose = _parts(path)
     if num_left := str((front, prose)).count(TODO):
         return [Problem(str(path), f"it has {num_left} {TODO} left", "replace them")]
-    facts, _ = read_card(path)
+    facts = read_card(path).facts
     problems = [Problem(str(path), f"`{name}` is missing or empty") for name in WANTED if not front.get(name)]
     problems += [
         Problem(str(path), f"the heading '## {heading}' is missing or empty")
         for heading in HEADINGS
         if not _section(prose, heading)
     ]
+    if fault := licence_fault(front):
+        problems.append(Problem(str(path), fault))
     data = root / facts.file
     if not data.is_file():
         return [*problems, Problem(str(path), f"{data} does not exist")]
-    if (found := sha256_file(data)) != facts.sha256:
-        problems.append(Problem(str(path), f"sha256 of {data} is {found}, the card says {facts.sha256}"))
-    rows = num_rows(data, facts.role)
-    if rows != facts.rows:
-        problems.append(Problem(str(path), f"{data} has {rows} rows, the card says {facts.rows}"))
-    if front.get("size_categories") != [size_category(rows)]:
-        what = f"size_categories is {front.get('size_categories')}, the file's is [{size_category(rows)}]"
+    said = facts.model_dump()
+    for name, found in measured(data, facts.role).items():
+        if found != said[name]:
+            problems.append(Problem(str(path), f"{name} of {data}: {shown(found)}, the card says {shown(said[name])}"))
+    if front.get("size_categories") != [size_category(facts.rows)]:
+        what = f"size_categories is {front.get('size_categories')}, the file's is [{size_category(facts.rows)}]"
         problems.append(Problem(str(path), what))
     return problems
 
 
-def num_rows(data: Path, role: Role) -> int:
-    """How many rows a stage gets from a file. Raises DataError."""
-    return len(load(DataSettings(path=str(data), held_out=0.0), role).train)
+def measured(data: Path, role: Role) -> dict[str, Any]:
+    """The facts of a card that a file has itself. Raises DataError."""
+    rows = load(DataSettings(path=str(data)), role)
+    splits = {"train": len(rows.train), "held_out": len(rows.held_out)}
+    return {
+        "sha256": sha256_file(data),
+        "rows": sum(splits.values()),
+        "columns": survey(data).columns,
+        "splits": splits,
+    }
+
+
+def shown(value: object) -> str:
+    """A fact in one line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def finished_cards(folder: Path) -> list[Card]:
+    """The cards of a folder that have no TODO left. Raises DataError."""
+    return [read_card(path) for path in sorted(folder.glob("*.md")) if TODO not in path.read_text(encoding="utf-8")]
 
 
 def size_category(rows: int) -> str:
@@ -136,7 +179,7 @@ def _short(power: int) -> str:
 def check_cards(cards: Path, configs: Path) -> list[Problem]:
     """Problems of every card of a folder, and data files of the configs that have no card."""
     paths = sorted(cards.glob("*.md"))
-    described = {read_card(path)[0].file for path in paths}
+    described = {read_card(path).facts.file for path in paths}
     files = {str(path.relative_to(configs)) for path in configs.rglob("*.jsonl")}
     missing = [
         Problem(str(configs / name), f"no card in {cards} describes this file") for name in sorted(files - described)

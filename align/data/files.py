@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from align.data.canonical import canonical
@@ -32,6 +33,8 @@ class Keyed(NamedTuple):
 
     row: Row
     key: bytes
+    others: Mapping[str, object] = MappingProxyType({})
+    """Columns of the file that are not read, if they are kept; none where several rows became one."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,12 @@ class FileRows:
     Both raise FileFault when the file cannot be used at all. What is wrong with a row comes in its place.
     """
 
-    def __init__(self, file: DataFile, settings: ReadSettings, role: Role):
+    def __init__(self, file: DataFile, settings: ReadSettings, role: Role, *, keeps_others: bool = False):
         self.file = file
         self.role = role
         self.rows = self.kept = self.blank_lines = 0
         self._settings = settings
-        self._columns, sample = survey(file.path)
+        self._columns, sample, self.num_rows = survey(file.path)
         self._version = version(file.path)
         self.shape: Shape | None = None
         if self._columns:
@@ -78,6 +81,7 @@ class FileRows:
             ours = renamed_columns(self._columns, settings.columns)
             self.shape = detect(ours, [renamed(row, settings) for row in sample], settings, role)
         self._filled = [name for name in NOT_TEXT if name in self._columns]
+        self._others = self._ignored() if keeps_others else ()
 
     def __iter__(self) -> Iterator[Keyed | RowProblem]:
         refuse_change(self.file.path, self._version)
@@ -137,7 +141,9 @@ class FileRows:
                 yield number, fault
                 continue
             asked = with_system(parsed.prompt, system)
-            yield from self._keyed(shape, replace(parsed, prompt=asked), number)
+            others = {name: values[name] for name in self._others if name in values}
+            for place, found in self._keyed(shape, replace(parsed, prompt=asked), number):
+                yield place, found if isinstance(found, RowFault) else found._replace(others=others)
 
     def _grouped(self, shape: Shape, grouped: Grouped) -> Iterator[tuple[int, Keyed | RowFault]]:
         """Rows of a shape whose rows belong together: checked and kept, then put together by their keys."""

@@ -53,6 +53,9 @@ class Dataset:
     train: Sequence[Any]
     held_out: Sequence[Any]
     report: Report
+    train_keys: Sequence[bytes]
+    """Those of the prompts, row for row."""
+    held_out_keys: Sequence[bytes]
 
 
 def load(settings: DataSettings, role: Role) -> Dataset:
@@ -74,16 +77,23 @@ def load(settings: DataSettings, role: Role) -> Dataset:
     chosen = mixed(train.keys, list(ranges.values()), list(parts.values()))[: settings.max_rows]
     if settings.held_out_path is None:
         sides = split(Picked(train.keys, chosen), settings.held_out)
-        training, measured = (Picked(train.rows, array("q", (chosen[at] for at in side))) for side in sides)
+        trained, kept_out = (array("q", (chosen[at] for at in side)) for side in sides)
+        measured = train
     else:
         _raise_leaks(train, held_out)
-        training, measured = Picked(train.rows, chosen), held_out.rows
+        trained, kept_out, measured = chosen, array("q", range(len(held_out.rows))), held_out
     unused = {name: len(part) - sum(number in part for number in chosen) for name, part in ranges.items()}
     _raise_unused(ranges, unused)
     left_out = train.left_out
     for other in (held_out, *([evaluated] if evaluated else [])):
         left_out.extend(other.left_out)
-    return Dataset(training, measured, Report(train.files + held_out.files, left_out, unused))
+    return Dataset(
+        Picked(train.rows, trained),
+        Picked(measured.rows, kept_out),
+        Report(train.files + held_out.files, left_out, unused),
+        Picked(train.keys, trained),
+        Picked(measured.keys, kept_out),
+    )
 
 
 def content_hash(settings: DataSettings) -> str:
@@ -165,6 +175,14 @@ def data_files(paths: str | list[str] | None, pattern: str | None) -> Iterator[D
             yield from files_of(path, pattern)
         except FileFault as fault:
             yield file_problem(shown_path(Path(path)), fault)
+
+
+def files_read(settings: DataSettings) -> list[DataFile]:
+    """The files whose rows a stage trains on and measures on; those that are not there are not named."""
+    groups = [(part.path, part.files) for part in settings.parts().values()]
+    found = [file for paths, pattern in groups for file in data_files(paths, pattern)]
+    found += data_files(settings.held_out_path, settings.files)
+    return [file for file in found if not isinstance(file, Problem)]
 
 
 def read_evaluated(paths: str | list[str] | None) -> tuple[Found | None, Contamination | None]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from align.data.cards import HEADINGS, TODO, num_rows, size_category
+from align.data.cards import HEADINGS, TODO, measured, size_category
 from align.data.checking.check import Order, check
 from align.data.checking.findings import Finding
 from align.errors import ConfigError, DataError, Problem
 from align.recipe.settings import Role
-from align.records import sha256_file, write_text
+from align.records import write_text
 
 STAGES = {
     Role.CORPUS: ["base"],
@@ -32,7 +32,8 @@ def new_card(path: Path, data: Path, root: Path, role: Role) -> None:
         raise ConfigError(Problem(str(path), "already exists, and is not overwritten", "choose another name"))
     if not data.is_file():
         raise DataError(Problem(str(data), "there is no such file", "a card describes one file"))
-    rows = num_rows(data, role)
+    facts = measured(data, role)
+    rows = facts["rows"]
     front: dict[str, Any] = {
         "pretty_name": TODO,
         "language": [TODO],
@@ -41,8 +42,7 @@ def new_card(path: Path, data: Path, root: Path, role: Role) -> None:
         "annotations_creators": [TODO],
         "align": {
             "file": Path(os.path.relpath(data, root)).as_posix(),
-            "sha256": sha256_file(data),
-            "rows": rows,
+            **facts,
             "role": str(role),
             "intended_use": STAGES[role],
             "personal_data": TODO,

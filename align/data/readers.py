@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from align.data.faults import FileFault, RowFault, quoted, type_name
 from align.data.streams import MAGIC, compression, data_format, opened
@@ -47,12 +47,29 @@ def read(path: Path) -> Iterator[Numbered]:
         raise FileFault("the file has no rows")
 
 
-def survey(path: Path) -> tuple[list[str], list[RawRow]]:
-    """Every column that some row has, in the order of first appearance, and the first rows. Raises FileFault."""
-    rows = (row for _, row in read(path) if isinstance(row, dict))
-    sample = list(islice(rows, SAMPLE))
-    rest = () if data_format(path) in FIXED_COLUMNS else rows
-    return list(dict.fromkeys(name for row in chain(sample, rest) for name in row)), sample
+class Survey(NamedTuple):
+    """What a first look at a file shows."""
+
+    columns: list[str]
+    """Every column that some row has, in the order of first appearance."""
+    sample: list[RawRow]
+    """The first rows."""
+    num_rows: int
+    """Rows and blank lines."""
+
+
+def survey(path: Path) -> Survey:
+    """Looks at every row once. Raises FileFault."""
+    columns: dict[str, None] = {}
+    sample: list[RawRow] = []
+    num_rows = 0
+    for _, row in read(path):
+        num_rows += 1
+        if isinstance(row, dict):
+            columns |= dict.fromkeys(row)
+            if len(sample) < SAMPLE:
+                sample.append(row)
+    return Survey(list(columns), sample, num_rows)
 
 
 def read_jsonl(stream: IO[bytes]) -> Iterator[Numbered]:
@@ -156,8 +173,6 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Numbered]]] = {
     ".arrow": read_arrow,
 }
 COMPRESSIBLE = (".jsonl", ".json", ".csv")
-FIXED_COLUMNS = (".csv", ".parquet", ".arrow")
-"""Formats in which every row has every column."""
 
 
 def _columnar(batches: Callable[[], Iterable[Any]], name: str) -> Iterator[Numbered]:

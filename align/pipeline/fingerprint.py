@@ -39,9 +39,10 @@ UNUSED = ("execution", "source")
 """Marks of settings that the identity leaves out: they change nothing, or the inputs' fingerprints stand for them."""
 
 
-def make_jobs(settings: RecipeSettings, nodes: Sequence[Node], run_dir: Path, cache: HashCache) -> list[Job]:
-    """One job per stage, in the order of `nodes`. Raises DataError with all unreadable files."""
-    contents = Contents([data for node in nodes for data, _ in node.reads()] + [settings.evaluation.data])
+def make_jobs(
+    settings: RecipeSettings, nodes: Sequence[Node], run_dir: Path, cache: HashCache, contents: Contents
+) -> list[Job]:
+    """One job per stage, in the order of `nodes`."""
     evaluation = semantic(settings.evaluation, "evaluation", contents)
     jobs: dict[str, Job] = {}
     for node in nodes:
@@ -87,7 +88,8 @@ def _job(
 class Contents:
     """The content hash of each distinct data setting: a shared file is read once. Raises DataError with all faults."""
 
-    def __init__(self, data: Sequence[DataSettings | None]):
+    def __init__(self, nodes: Sequence[Node], evaluation: DataSettings | None):
+        data = [data for node in nodes for _, data, _ in node.reads()] + [evaluation]
         self._hashes: dict[str, str] = {}
         problems: list[Problem] = []
         for settings in {item.model_dump_json(): item for item in data if item is not None}.values():

@@ -57,16 +57,16 @@ class Node:
         """The stages it consumes."""
         return [source.name for source in self.inputs.values() if source.model is None]
 
-    def reads(self) -> Iterator[tuple[DataSettings, Role]]:
-        """All data of the stage, and what each is read as."""
+    def reads(self) -> Iterator[tuple[str, DataSettings, Role]]:
+        """All data of the stage: the setting's dotted key, and what it is read as."""
         if self.data and self.spec.data:
-            yield self.data, self.spec.data
+            yield "data", self.data, self.spec.data
         for path, role in self.spec.more_data.items():
             value: Any = self.config
             for key in path.split("."):
                 value = getattr(value, key, None)
             if value is not None:
-                yield value, role
+                yield path, value, role
 
 
 def build_graph(recipe: Recipe, requested: Sequence[str]) -> list[Node]:

@@ -9,17 +9,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from align.data.load import load
-from align.errors import ArtifactError, ConfigError, DataError, Problem
+from align.errors import ArtifactError, ConfigError, Problem
 from align.job import Job
+from align.pipeline.data import Report, Reports, check_data, described
 from align.pipeline.external import HashCache
-from align.pipeline.fingerprint import make_jobs
+from align.pipeline.fingerprint import Contents, make_jobs
 from align.pipeline.folders import JOB, content, newest_checkpoint, newest_record, read_record
 from align.pipeline.graph import Node, build_graph
 from align.pipeline.reasons import changes
 from align.recipe.load import Recipe
 from align.recipe.nearest import did_you_mean
-from align.recipe.settings import DataSettings, Role
 from align.recipe.spec import named
 from align.records import MANIFEST, read_manifest
 
@@ -82,6 +81,7 @@ class Plan:
                     for slot, value in step.job.inputs.items()
                 },
                 "models": step.models,
+                "data": step.job.data_reports,
             }
             for step in self.steps
         ]
@@ -110,15 +110,22 @@ def make_plan(
     _check_trackers(recipe.settings.track)
     _check_quantisation(nodes)
     cache = HashCache(run_dir.parent)
-    jobs = make_jobs(recipe.settings, nodes, run_dir, cache)
-    cache.save()
+    evaluation = recipe.settings.evaluation.data
+    contents = Contents(nodes, evaluation)
+    jobs = make_jobs(recipe.settings, nodes, run_dir, cache, contents)
     steps = [decide(node, job, forced=job.stage in force) for node, job in zip(nodes, jobs, strict=True)]
     wanted = {only} if only else {*(requested or [node.name for node in nodes]), *force}
     steps = _settle(steps, wanted, verify)
     if only:
         _check_inputs(only, steps)
-    check_data(steps, recipe.settings.evaluation.data)
-    return Plan(recipe, run_dir, steps)
+    reports = check_data([step.node for step in steps if step.runs], Reports(run_dir.parent, contents, evaluation))
+    reports = described(reports, recipe, nodes, cache)
+    cache.save()
+    return Plan(recipe, run_dir, [_with_reports(step, reports.get(step.job.stage, {})) for step in steps])
+
+
+def _with_reports(step: Step, reports: dict[str, Report]) -> Step:
+    return replace(step, job=replace(step.job, data_reports=reports))
 
 
 def decide(node: Node, job: Job, *, forced: bool = False, verify: bool = False) -> Step:
@@ -184,24 +191,6 @@ def _verify_external(step: Step) -> None:
         folder = Path(step.job.inputs[slot].path)
         if source.model is not None and (folder / MANIFEST).exists():
             read_manifest(folder, hashes=True)
-
-
-def check_data(steps: Sequence[Step], evaluation: DataSettings | None = None) -> None:
-    """Reads and checks the data of every stage that will run, and that of the evaluation. Raises DataError with all
-    problems."""
-    running = [step.node for step in steps if step.runs]
-    wanted = [item for node in running for item in node.reads()]
-    if running and evaluation:
-        wanted.append((evaluation, Role.PROMPTS))
-    unique = {(data.model_dump_json(), role): (data, role) for data, role in wanted}
-    problems: list[Problem] = []
-    for data, role in unique.values():
-        try:
-            load(data, role)
-        except DataError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    if problems:
-        raise DataError(problems)
 
 
 def _check_trackers(names: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ def write_summary(plan: Plan) -> dict[str, Any]:
         "run": plan.run_dir.name,
         "recipe": str(plan.recipe.path) if plan.recipe.path else None,
         "stages": {name: current[name]["metrics"] for name in names},
+        "data": {name: reports for name in names if (reports := current[name].get("data_reports"))},
     }
     write_json(plan.run_dir / SUMMARY, summary)
     return summary

@@ -4,17 +4,22 @@ once."""
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from align.errors import ConfigError, Problem
 from align.recipe.document import Document, read_document
+from align.recipe.messages import explain
 from align.recipe.overrides import Origins, Override, assign, parse_overrides
 from align.recipe.reading import Reading, StageRecipe
 from align.recipe.recipe_settings import RecipeSettings
+from align.recipe.settings import ReadSettings
 
 if TYPE_CHECKING:
     from align.recipe.spec import StageSpec
@@ -74,6 +79,24 @@ def load_recipe(
     if settings is None or reading.problems:
         raise ConfigError(sorted(reading.problems, key=lambda problem: _line(problem, label)))
     return Recipe(path, reading.directory, settings, stages)
+
+
+def read_settings(overrides: Sequence[str]) -> ReadSettings:
+    """How files are read that are named elsewhere, from `columns.prompt=question` and the like. Raises ConfigError with
+    every problem."""
+    given, problems = parse_overrides(overrides)
+    values: dict[str, Any] = {}
+    for override in given:
+        assign(values, override, 0)
+        if override.path[0] == "path":
+            problems.append(Problem(override.where, "the files are named without a key"))
+    try:
+        settings = ReadSettings.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        problems += explain(error, ReadSettings, values, (), Origins(None, overrides=given))
+    if problems:
+        raise ConfigError(problems)
+    return settings
 
 
 def _line(problem: Problem, label: str | None) -> float:

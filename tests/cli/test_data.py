@@ -147,6 +147,37 @@ def test_fix_refuses_a_file_that_was_changed_since_it_was_checked() -> None:
     assert [path.name for path in Path().iterdir()] == ["a.jsonl"]
 
 
+def test_fix_keeps_the_columns_that_are_not_read() -> None:
+    """Here a list and a number; a column called `source` stays as it is. What is read has our names, and a name that
+    would give the copy another shape goes."""
+    row = {"prompt": "Hi", "chosen": "a", "rejected": "b", "id": 7, "tags": ["x"], "source": "mine", "output": "c"}
+    align("check", write("a.jsonl", row), "--fix", "clean.jsonl")
+    (kept,) = lines("clean.jsonl")
+    assert {name: kept[name] for name in ("id", "tags", "source")} == {"id": 7, "tags": ["x"], "source": "mine"}
+    assert "output" not in kept
+
+
+def test_settings_say_how_files_are_read() -> None:
+    """As in a recipe, under the same names; `show` takes them too."""
+    source = write("a.jsonl", {"ask": {"text": "Hi"}, "good": "a", "bad": "b"})
+    settings = ("columns.prompt=ask.text", "columns.chosen=good", "columns.rejected=bad")
+    assert "read as preferences" in align("check", source, *settings)
+    assert "user: Hi\nchosen: a" in align("show", source, *settings, "--row", "1")
+    assert "columns" in align("check", source, code=3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("colums.prompt=ask", "colums.prompt=ask (command line): colums: no such setting (did you mean `columns`?)"),
+        ("pairs=most", "pairs=most (command line): "),
+        ("path=b.jsonl", "the files are named without a key"),
+    ],
+)
+def test_wrong_settings(setting: str, problem: str) -> None:
+    assert problem in align("check", write("a.jsonl", pair(1)), setting, code=2)
+
+
 def test_fix_writes_jsonl_only() -> None:
     write("a.jsonl", pair(1))
     assert "--fix clean.jsonl" in align("check", "a.jsonl", "--fix", "clean.csv", code=2)
@@ -241,7 +272,10 @@ def test_a_new_card_is_measured_and_is_not_done() -> None:
     source = write("a.jsonl", pair(1), pair(2), pair(2))
     align("card", "mine", "--init", source)
     text = Path("data_cards/mine.md").read_text(encoding="utf-8")
-    assert "rows: 3\n  role: preferences\n  intended_use:\n  - reward\n  - dpo\n  - kto\n" in text
+    card = (
+        "splits:\n    train: 1\n    held_out: 2\n  role: preferences\n  intended_use:\n  - reward\n  - dpo\n  - kto\n"
+    )
+    assert card in text
     assert "Found by `align data check` (warning): duplicate, 1." in text
     assert "TODO left" in align("card", "mine", "--check", code=3)
     assert "already exists" in align("card", "mine", "--init", source, code=2)
@@ -253,7 +287,7 @@ def finished() -> Path:
     align("card", "mine", "--init", write("a.jsonl", pair(1), pair(2)))
     path = Path("data_cards/mine.md")
     text = path.read_text(encoding="utf-8").replace("personal_data: TODO", "personal_data: none")
-    path.write_text(text.replace("TODO", "said"), encoding="utf-8")
+    path.write_text(text.replace("license: TODO", "license: mit").replace("TODO", "said"), encoding="utf-8")
     return path
 
 
@@ -264,9 +298,13 @@ def test_a_finished_card_agrees(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ("license: said", "license:", "`license` is missing or empty"),
+        ("license: mit", "license:", "`license` is missing or empty"),
+        ("license: mit", "license: mti", "`license` mti is not a licence that the Hub knows (did you mean `mit`?)"),
+        ("license: mit", "license: other", "`license` is other, so `license_name` and `license_link` must say which"),
+        ("    held_out: 1", "    held_out: 0", 'splits of a.jsonl: {"train": 1, "held_out": 1}, the card says'),
+        ("  - chosen\n", "", 'columns of a.jsonl: ["prompt", "chosen", "rejected"], the card says'),
         ("n<1K", "1K<n<10K", "size_categories is ['1K<n<10K'], the file's is [n<1K]"),
-        ("rows: 2", "rows: 3", "a.jsonl has 2 rows, the card says 3"),
+        ("rows: 2", "rows: 3", "rows of a.jsonl: 2, the card says 3"),
         ("## Licence\nsaid", "## Licence\n", "the heading '## Licence' is missing or empty"),
         ("role: preferences", "role: pairs", "align.role: "),
         ("pretty_name: said", "pretty_name: a: b", "the front matter is not YAML"),

@@ -14,7 +14,7 @@ from align.data.checking.index import Index
 from align.data.checking.texts import is_card_number, personal_data, script
 from align.data.render import Renderer
 from align.errors import DataError
-from align.recipe.settings import Role
+from align.recipe.settings import ReadSettings, Role
 from tests.data.test_render import CHATML, make_tokenizer
 
 
@@ -355,12 +355,12 @@ def test_findings_are_sorted_by_severity() -> None:
     ],
 )
 def test_a_file_is_read_as_what_it_holds(row: object, role: Role) -> None:
-    assert guess_role([write("a.jsonl", row)]) is role
+    assert guess_role([write("a.jsonl", row)], ReadSettings()) is role
 
 
 def test_columns_of_no_role() -> None:
     with pytest.raises(DataError, match="the columns `a` are not a shape that align knows"):
-        guess_role([write("a.jsonl", {"a": 1})])
+        guess_role([write("a.jsonl", {"a": 1})], ReadSettings())
 
 
 def test_index_by_hand() -> None:

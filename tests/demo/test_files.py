@@ -76,7 +76,7 @@ def test_preferences_follow_gold_with_noise():
 def test_every_data_file_has_a_card_and_every_card_is_true():
     """Hash, number of rows, role and headings agree with the files, and no file of configs/ is left out."""
     assert [str(problem) for problem in check_cards(CARDS, CONFIGS)] == []
-    described = {read_card(path)[0].file for path in CARDS.glob("*.md")}
+    described = {read_card(path).facts.file for path in CARDS.glob("*.md")}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.jsonl")} <= described
 
 
@@ -88,6 +88,8 @@ def write_card(folder: Path, **changes: object) -> Path:
         "file": "a.jsonl",
         "sha256": sha256_file(data),
         "rows": 2,
+        "columns": ["prompt"],
+        "splits": {"train": 1, "held_out": 1},
         "role": "prompts",
         "intended_use": ["ppo"],
         "personal_data": "none",
@@ -108,7 +110,9 @@ def test_a_true_card_passes(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": 3}, "has 2 rows, the card says 3"),
+        ({"rows": 3}, "a.jsonl: 2, the card says 3"),
+        ({"columns": ["prompt", "answer"]}, '["prompt"], the card says ["prompt", "answer"]'),
+        ({"splits": {"train": 2, "held_out": 0}}, '"held_out": 1}, the card says {"train": 2, "held_out": 0}'),
         ({"sha256": "0" * 64}, "the card says 0000"),
         ({"file": "b.jsonl"}, "b.jsonl does not exist"),
     ],

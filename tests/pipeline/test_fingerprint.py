@@ -13,7 +13,7 @@ from toy_stages import SPECS
 from align.errors import ConfigError
 from align.job import Job
 from align.pipeline.external import HashCache
-from align.pipeline.fingerprint import make_jobs
+from align.pipeline.fingerprint import Contents, make_jobs
 from align.pipeline.functions import module_file
 from align.pipeline.graph import build_graph
 from align.pipeline.reasons import changes
@@ -38,7 +38,9 @@ def job(*overrides: str, specs: Mapping[str, StageSpec] = SPECS, stage: str = "s
     """The job of a stage with these overrides."""
     given = ["data=rows.jsonl", f"model=org/name@{PIN}", "evaluation.gold=gold:score", *overrides]
     recipe = load_recipe(None, overrides=given, requested=[stage], specs=specs)
-    jobs = make_jobs(recipe.settings, build_graph(recipe, [stage]), Path(run).resolve(), HashCache(Path()))
+    nodes = build_graph(recipe, [stage])
+    contents = Contents(nodes, recipe.settings.evaluation.data)
+    jobs = make_jobs(recipe.settings, nodes, Path(run).resolve(), HashCache(Path()), contents)
     return next(job for job in jobs if job.stage == stage)
 
 

@@ -10,7 +10,7 @@ import pytest
 from align.errors import ConfigError, DataError
 from align.job import Job
 from align.pipeline.external import HashCache
-from align.pipeline.fingerprint import make_jobs
+from align.pipeline.fingerprint import Contents, make_jobs
 from align.pipeline.graph import Node, build_graph
 from align.pipeline.plan import make_plan
 from align.pipeline.reasons import changes
@@ -50,7 +50,9 @@ def graph(*overrides: str, stage: str = "ppo") -> list[Node]:
 def jobs(*overrides: str, stage: str = "ppo") -> dict[str, Job]:
     """Their jobs, by name."""
     recipe = load_recipe(Path("align.yaml"), overrides=overrides, specs=SPECS)
-    made = make_jobs(recipe.settings, build_graph(recipe, [stage]), Path("run").resolve(), HashCache(Path()))
+    nodes = build_graph(recipe, [stage])
+    contents = Contents(nodes, recipe.settings.evaluation.data)
+    made = make_jobs(recipe.settings, nodes, Path("run").resolve(), HashCache(Path()), contents)
     return {job.stage: job for job in made}
 
 

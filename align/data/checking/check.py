@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +17,9 @@ from align.data.checking.texts import PersonalData, Scripts
 from align.data.checking.tokens import Tokens
 from align.data.detect import detect
 from align.data.faults import FileFault, quoted
-from align.data.files import FileReport, FileRows, RowProblem
+from align.data.files import FileReport, FileRows, Keyed, RowProblem
 from align.data.load import TIES_LEFT_OUT, data_files, file_problem, read_evaluated
+from align.data.mapping import check_mapped, renamed, renamed_columns
 from align.data.readers import survey
 from align.data.render import Renderer
 from align.data.rows import Row
@@ -60,6 +61,7 @@ class Order:
     role: Role
     renderer: Renderer | None = None
     max_length: int | None = None
+    settings: ReadSettings = field(default_factory=ReadSettings)
     against: tuple[str, ...] = ()
 
 
@@ -102,61 +104,83 @@ class Checked:
         }
 
 
-def guess_role(paths: Sequence[str]) -> Role:
+def guess_role(paths: Sequence[str], settings: ReadSettings) -> Role:
     """What the first readable file holds. Raises DataError when none has columns that align knows."""
     problems: list[Problem] = []
-    for file in data_files(list(paths), None):
+    for file in data_files(list(paths), settings.files):
         if isinstance(file, Problem):
             problems.append(file)
             continue
         try:
-            return _held_in(file)
+            return _held_in(file, settings)
         except FileFault as fault:
             problems.append(file_problem(file.name, fault))
     raise DataError(problems)
 
 
-def _held_in(file: DataFile) -> Role:
-    columns, sample = survey(file.path)
+def _held_in(file: DataFile, settings: ReadSettings) -> Role:
+    columns, sample, _ = survey(file.path)
+    check_mapped(columns, settings.columns)
+    columns, sample = renamed_columns(columns, settings.columns), [renamed(row, settings) for row in sample]
     for role in GUESSED:
         with suppress(FileFault):
-            if detect(columns, sample, ReadSettings(), role).kind is role:
+            if detect(columns, sample, settings, role).kind is role:
                 return role
     what = f"the columns {quoted(columns)} are not a shape that align knows" if columns else "no row can be read"
     raise FileFault(what, "with `--role` you hear what is missing")
 
 
-def check(order: Order, advance: Advance) -> Checked:
-    """Reads all files and looks at every row. Nothing that is wrong with them is raised."""
+def check(order: Order, advance: Advance, expect: Advance = lambda number: None) -> Checked:
+    """Reads all files and looks at every row. `expect` is told once how many there are. Nothing that is wrong with them
+    is raised."""
     findings = Findings()
     checks = _checks(order, findings)
     files = []
     versions: dict[Path, Version] = {}
+    readers: list[FileRows] = []
     for file in _files(order, findings):
-        try:
+        with _noted(file, findings):
             versions[file.path] = version(file.path)
-            files.append(_check_file(file, order.role, findings, checks, advance))
-        except FileFault as fault:
-            findings.note(FILE, Severity.ERROR, file_problem(file.name, fault))
+            readers.append(FileRows(file, order.settings, order.role))
+    expect(sum(reader.num_rows for reader in readers))
+    for reader in readers:
+        with _noted(reader.file, findings):
+            files.append(_check_file(reader, findings, checks, advance))
     measured: dict[str, Any] = {}
     for one in checks:
         measured |= one.finish()
     return Checked(order.role, files, findings.all(), measured, findings.left_out, findings.rejected, versions)
 
 
-def good_rows(order: Order, checked: Checked, advance: Advance) -> Iterator[Row]:
-    """The good rows again, in the order of their positions. Raises FileFault if a file is another one by now."""
+@contextmanager
+def _noted(file: DataFile, findings: Findings) -> Iterator[None]:
+    """What is wrong with a whole file is a finding."""
+    try:
+        yield
+    except FileFault as fault:
+        findings.note(FILE, Severity.ERROR, file_problem(file.name, fault))
+
+
+def good_rows(order: Order, checked: Checked, advance: Advance) -> Iterator[Keyed]:
+    """The good rows again, in the order of their positions and with the columns that are not read. Raises FileFault if
+    a file is another one by now."""
     for file in _files(order, Findings()):
         refuse_change(file.path, checked.versions[file.path])
-        for found in _counted(FileRows(file, ReadSettings(), order.role), advance):
+        for found in _counted(FileRows(file, order.settings, order.role, keeps_others=True), advance):
             if not isinstance(found, RowProblem):
-                yield found.row
+                yield found
+
+
+def checks_of_rows(role: Role, findings: Findings) -> list[Check]:
+    """The checks that need rows and nothing else."""
+    checks: list[Check] = [Repeats(findings), PersonalData(findings), Scripts(findings)]
+    if role is Role.PREFERENCES:
+        checks += [LengthBias(findings), Flipped(findings)]
+    return checks
 
 
 def _checks(order: Order, findings: Findings) -> list[Check]:
-    checks: list[Check] = [Repeats(findings), PersonalData(findings), Scripts(findings)]
-    if order.role is Role.PREFERENCES:
-        checks += [LengthBias(findings), Flipped(findings)]
+    checks = checks_of_rows(order.role, findings)
     if order.renderer:
         checks.append(Tokens(findings, order.renderer, order.max_length))
     evaluated, contamination = read_evaluated(list(order.against))
@@ -169,7 +193,7 @@ def _checks(order: Order, findings: Findings) -> list[Check]:
 
 def _files(order: Order, findings: Findings) -> Iterator[DataFile]:
     seen: set[Path] = set()
-    for file in data_files(order.paths, None):
+    for file in data_files(order.paths, order.settings.files):
         if isinstance(file, Problem):
             findings.note(FILE, Severity.ERROR, file)
         elif file.path.resolve() in seen:
@@ -180,17 +204,13 @@ def _files(order: Order, findings: Findings) -> Iterator[DataFile]:
             yield file
 
 
-def _check_file(
-    file: DataFile, role: Role, findings: Findings, checks: Sequence[Check], advance: Advance
-) -> FileReport:
-    reader = FileRows(file, ReadSettings(), role)
-    findings.start_file(file.name)
+def _check_file(reader: FileRows, findings: Findings, checks: Sequence[Check], advance: Advance) -> FileReport:
     ties: Spool[RowProblem] = Spool(RowProblem)
     for found in _counted(reader, advance):
         if not isinstance(found, RowProblem):
             position = findings.new_row(found.row.source)
             for one in checks:
-                one.add(position, *found)
+                one.add(position, found.row, found.key)
         elif found.kind == "tie":
             ties.append(found)
         else:

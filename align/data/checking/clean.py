@@ -10,6 +10,8 @@ from typing import Any
 
 from align.data.checking.check import Advance, Checked, Order, good_rows
 from align.data.faults import FileFault
+from align.data.files import Keyed
+from align.data.mapping import OUR_NAMES
 from align.data.rows import Demonstration, Document, Judgement, Prompt, Row
 from align.errors import ConfigError, DataError, Problem
 from align.records import write_lines
@@ -38,7 +40,7 @@ def write_clean(order: Order, checked: Checked, path: Path, advance: Advance) ->
     refuse_target(path)
     rows = zip(good_rows(order, checked, advance), checked.left_out, strict=True)
     try:
-        write_lines(path, _lines(_plain(row) for row, is_left_out in rows if not is_left_out))
+        write_lines(path, _lines(_whole(row) for row, is_left_out in rows if not is_left_out))
     except FileFault as fault:
         raise DataError(Problem(", ".join(order.paths), fault.what, fault.hint)) from None
     write_lines(rejected_beside(path), _lines(_reason(problem) for problem in checked.rejected))
@@ -54,15 +56,23 @@ def _reason(problem: Any) -> dict[str, Any]:
     return {name: value for name, value in asdict(problem).items() if name != "is_bad"}
 
 
+def _whole(found: Keyed) -> dict[str, Any]:
+    """A row with the columns that are not read, but for names that would give the copy another shape. `source` is the
+    row's place, unless it is a column of the file."""
+    others = {name: value for name, value in found.others.items() if name not in OUR_NAMES}
+    text = json.dumps(others, default=str)  # columnar files have dates and the like
+    kept = json.loads(text, parse_constant=lambda name: None)  # and numbers that JSON has not
+    return _plain(found.row) | {"source": found.row.source} | kept
+
+
 def _plain(row: Row) -> dict[str, Any]:
-    """A row in the first shape of its role in docs/data.md. `source` is ignored on reading."""
-    source = {"source": row.source}
+    """A row in the first shape of its role in docs/data.md."""
     if isinstance(row, Document):
-        return {"text": row.text} | source
+        return {"text": row.text}
     if isinstance(row, Demonstration):
-        return {"messages": row.messages} | source
+        return {"messages": row.messages}
     if isinstance(row, Prompt):
-        return {"prompt": row.messages} | source
+        return {"prompt": row.messages}
     if isinstance(row, Judgement):
-        return {"prompt": row.prompt, "completion": row.response, "label": row.is_good} | source
-    return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} | source
+        return {"prompt": row.prompt, "completion": row.response, "label": row.is_good}
+    return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}

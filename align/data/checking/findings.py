@@ -96,14 +96,13 @@ class Findings:
     def __len__(self) -> int:
         return len(self.left_out)
 
-    def start_file(self, name: str) -> None:
-        """The rows that follow are of this file."""
-        self._starts.append(len(self))
-        self._names.append(name)
-
     def new_row(self, source: str) -> int:
         """The position of a good row, by which its findings are told."""
-        self._numbers.append(int(source.rpartition(":")[2]))
+        name, _, number = source.rpartition(":")
+        if self._names[-1:] != [name]:
+            self._starts.append(len(self))
+            self._names.append(name)
+        self._numbers.append(int(number))
         self.left_out.append(False)
         return len(self) - 1
 

@@ -13,18 +13,18 @@ from align.errors import ConfigError, DataError, Problem
 from align.recipe.settings import ReadSettings, Role
 
 
-def rows_at(path: str, number: int, role: Role) -> list[Row]:
+def rows_at(path: str, number: int, role: Role, settings: ReadSettings) -> list[Row]:
     """What is made of row `number` of a file: in most shapes one row. Raises DataError with what is wrong with it."""
     problems: list[Problem] = []
     rows: list[Row] = []
     name, place = shown_path(Path(path)), ""
     num_rows = 0
     try:
-        files = files_of(path)
+        files = files_of(path, settings.files)
         if len(files) > 1:
             raise ConfigError(Problem(path, f"stands for {len(files)} files", f"name one, such as {files[0].name}"))
         name = files[0].name
-        reader = FileRows(files[0], ReadSettings(), role)
+        reader = FileRows(files[0], settings, role)
         place = f"{name}:{number}"
         for found in reader:
             if isinstance(found, RowProblem):
