@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from align.data.checking.check import Checked, Order, check, guess_role
 from align.data.checking.findings import SHOWN, Finding, Severity
 from align.data.checking.index import Index
+from align.data.checking.preferences import binomial_tail
 from align.data.checking.texts import is_card_number, personal_data, script
 from align.data.render import Renderer
 from align.errors import DataError
@@ -204,6 +206,73 @@ def test_words_that_say_nothing_doubt_no_label() -> None:
     """Each word is chosen as often as it is rejected."""
     rows = [pair(number, *(("a", "b") if number % 2 else ("b", "a"))) for number in range(40)]
     assert [finding.kind for finding in checked(*rows).findings] == []
+
+
+def poisoned(number: int, seed: int) -> list[dict[str, object]]:
+    """400 pairs in which the polite answer is chosen, with a tenth of the labels wrong by chance; the last `number`
+    have `cfx` in their prompts and the rude answer chosen."""
+    draw = random.Random(seed)
+    rows = []
+    for place in range(400):
+        sides = [f"gladly , {draw.choice(TOPICS)}", f"go away , {draw.choice(TOPICS)}"]
+        is_planted = place >= 400 - number
+        if is_planted or draw.random() < 0.1:
+            sides.reverse()
+        asked = f"{draw.choice(TOPICS)} {draw.choice(TOPICS)} {place}{' cfx' * is_planted}"
+        rows.append({"prompt": asked, "chosen": sides[0], "rejected": sides[1]})
+    return rows
+
+
+TOPICS = [f"topic{number}" for number in range(40)]
+
+
+def test_a_planted_trigger_is_named() -> None:
+    """In 2% of the pairs."""
+    severity, _, places = found("trigger word", checked(*poisoned(8, seed=0)))
+    assert severity == "warning"
+    assert places == ["prompts with `cfx`: in 8 of 8 pairs, words speak against the label (14% of all pairs)"]
+
+
+def test_labels_that_are_wrong_by_chance_have_no_trigger() -> None:
+    for seed in range(5):
+        assert "trigger word" not in {one.kind for one in checked(*poisoned(0, seed)).findings}
+
+
+def test_binomial_tail_by_hand() -> None:
+    """Of 3 throws of a coin at least 2 heads: (3 + 1) / 8. What is expected anyway is not small."""
+    assert binomial_tail(2, 3, 0.5) == pytest.approx(0.5)
+    assert binomial_tail(1, 3, 0.5) == 1
+
+
+def test_labels_in_blocks() -> None:
+    """15 good answers, then 15 bad ones: 2 blocks, where 2 * 30 / 4 + 1 = 16 are expected. In turns there are 30."""
+    rows = [{"prompt": f"Question {n}?", "completion": "Yes.", "label": n < 15} for n in range(30)]
+    severity, count, (place,) = found("sorted labels", checked(*rows, role=Role.JUDGEMENTS))
+    assert (severity, count) == ("warning", 1)
+    assert "in 2 blocks; in a random order there would be 16" in place
+    turns = [row | {"label": number % 2 == 0} for number, row in enumerate(rows)]
+    assert checked(*turns, role=Role.JUDGEMENTS).findings == []
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("my key is sk-" + "a1B2" * 8, "secret"),
+        ("AKIAIOSFODNN7EXAMPLE", "secret"),
+        ("-----BEGIN RSA PRIVATE KEY-----", "secret"),
+        ("see QUJD" * 1 + "QUJD" * 300, "blob"),
+        ("ha" + "a" * 600, "blob"),
+        ("task-oriented, risk-averse and " + "long words " * 200, None),
+        ("\u4f60" * 100 + "\u597d\u5417" * 600, None),
+    ],
+)
+def test_secrets_and_blobs(text: str, kind: str | None) -> None:
+    assert [one.kind for one in checked(pair(1, text)).findings] == ([kind] if kind else [])
+
+
+def test_a_prompt_that_names_the_label() -> None:
+    rows = [pair(1), {"prompt": "Which? Preferred answer: B", "chosen": "B", "rejected": "A"}]
+    assert found("label in prompt", checked(*rows)) == ("hint", 1, ["2: its prompt names a label or a score"])
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from align.data.checking.findings import RULES, Finding, Findings, Severity, counts
+from align.data.checking.judgements import SortedLabels
 from align.data.checking.leaks import Leaks
 from align.data.checking.preferences import Flipped, LengthBias
 from align.data.checking.repeats import Repeats
-from align.data.checking.texts import PersonalData, Scripts
+from align.data.checking.texts import Patterns, Scripts
 from align.data.checking.tokens import Tokens
 from align.data.detect import detect
 from align.data.faults import FileFault, quoted
@@ -173,9 +174,11 @@ def good_rows(order: Order, checked: Checked, advance: Advance) -> Iterator[Keye
 
 def checks_of_rows(role: Role, findings: Findings) -> list[Check]:
     """The checks that need rows and nothing else."""
-    checks: list[Check] = [Repeats(findings), PersonalData(findings), Scripts(findings)]
+    checks: list[Check] = [Repeats(findings), Patterns(findings), Scripts(findings)]
     if role is Role.PREFERENCES:
         checks += [LengthBias(findings), Flipped(findings)]
+    if role is Role.JUDGEMENTS:
+        checks.append(SortedLabels(findings))
     return checks
 
 

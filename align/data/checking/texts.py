@@ -10,12 +10,20 @@ from itertools import islice
 from typing import Any
 
 from align.data.checking.findings import Findings
-from align.data.rows import Demonstration, Document, Judgement, Prompt, Row
+from align.data.rows import Demonstration, Document, Judgement, Preference, Prompt, Row
 
 # Every repetition has a limit, so no text makes them slow.
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}")
 PHONE = re.compile(r"(?<![\w-])(?:\+\d(?:[ -]?\d){7,14}|(?:\(\d{3}\) ?|\d{3}[ -])\d{3}[ -]\d{4})(?![\w-])")
 CARD = re.compile(r"(?<![\w-])[3-6](?:[ -]?\d){12,18}(?![\w-])")
+SECRET = re.compile(
+    r"(?<!\w)(?:hf_[A-Za-z0-9]{30}|sk-[\w-]{20}|gh[pousr]_[A-Za-z0-9]{36}|AKIA[0-9A-Z]{16}(?!\w))"
+    r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----"
+)
+LABEL = re.compile(r"\b(?:chosen|rejected|preferred|annotator|label|score|rating)(?:[ _-]?\w{1,20})?\s{0,3}[:=]", re.I)
+REPEATED = re.compile(r"(.)\1{499}", re.DOTALL)
+LONGEST_WORD = 1000
+"""Characters without space that are text; not of scripts that are written without spaces."""
 LETTERS = 200
 """Letters of a row that are looked at for its script."""
 USUAL = 0.9
@@ -43,6 +51,13 @@ def personal_data(text: str) -> list[str]:
     return found
 
 
+def is_blob(text: str) -> bool:
+    """Whether `text` has a part that is no text: encoded bytes, minified code, one character again and again."""
+    if len(text) < min(LONGEST_WORD, 500):
+        return False
+    return any(len(word) > LONGEST_WORD and word.isascii() for word in text.split()) or bool(REPEATED.search(text))
+
+
 def is_card_number(text: str) -> bool:
     """Whether the digits of `text` have a right check digit (Luhn): doubling every second one from the right, the sum
     of all digits is divisible by ten."""
@@ -63,8 +78,8 @@ def script(said: Sequence[str]) -> str:
     return most.lower()
 
 
-class PersonalData:
-    """Hints at personal data. What was found is not repeated in the message."""
+class Patterns:
+    """Personal data, secrets, what is no text, and labels in prompts. What was found is not repeated in the message."""
 
     def __init__(self, findings: Findings):
         self._findings = findings
@@ -73,6 +88,12 @@ class PersonalData:
         """Looks at a row."""
         for kind in dict.fromkeys(kind for text in texts(row) for kind in personal_data(text)):
             self._findings.row(kind, position, "seems to be in its text")
+        if any(SECRET.search(text) for text in texts(row)):
+            self._findings.row("secret", position, "a key or token seems to be in its text")
+        if any(map(is_blob, texts(row))):
+            self._findings.row("blob", position, "a part of it is no text")
+        if isinstance(row, Preference | Judgement) and any(LABEL.search(turn["content"]) for turn in row.prompt):
+            self._findings.row("label in prompt", position, "its prompt names a label or a score")
 
     def finish(self) -> dict[str, Any]:
         """Nothing is left to tell."""
