@@ -7,6 +7,7 @@ libraries only ever get token ids. What is generated is never re-tokenised for t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from align.data.rows import Message
 from align.errors import ArtifactError, DataError
 
 PAD_TOKEN = "<|pad|>"
+REMEMBERED = 8
+"""Texts whose ids are kept: the answers to one prompt begin with the same text."""
 
 
 class Renderer:
@@ -36,6 +39,7 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise ArtifactError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token, so no response could end")
         self.tokenizer = tokenizer
+        self._known = lru_cache(REMEMBERED)(self._new_ids)
         self.is_chat = bool(tokenizer.chat_template) and template != "plain"
         self.end_of_turn = self._find_end_of_turn() if self.is_chat else tokenizer.eos_token_id
         self.stop_ids: tuple[int, ...] = tuple(sorted({self.end_of_turn, tokenizer.eos_token_id}))
@@ -116,7 +120,10 @@ class Renderer:
 
     def _encode(self, text: str) -> list[int]:
         """Ids of text that is not a whole prompt, or whose template has written its BOS already."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self._known(text))
+
+    def _new_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _prefix_length(
         self, messages: Sequence[Message], text: str, source: str, add_generation_prompt: bool = False
