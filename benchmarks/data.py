@@ -52,8 +52,8 @@ greatest.
 
 ## What the numbers mean, and what not
 - {rows} pairs of conversations in {megabytes:.0f} MB of JSONL: a question of {prompt} words and two answers of
-  {answer}, random and made up, in a chat template. TRL {trl}: `load_dataset` and what `DPOTrainer` does with a data set when it
-  is made. align: what a `dpo` stage does with its data. Both gave the same token ids for every row{same}.
+  {answer}, random and made up, in a chat template. TRL {trl}: `load_dataset` and what `DPOTrainer` does with a data
+  set when it is made. align: what a `dpo` stage does with its data. Both gave the same token ids for every row{same}.
 - *read*: for align, every row is parsed strictly, checked and split; for TRL, the file is converted to Arrow. *second
   start*: the same once more in the same process, with what both keep on disk.
 - *peak memory* is that of the whole process, its libraries included (without any data about {floor:.0f} MiB).
