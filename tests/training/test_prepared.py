@@ -17,6 +17,7 @@ from align.data.load import load
 from align.data.render import Renderer
 from align.data.rows import asked
 from align.data.split import places
+from align.data.tokenizer import tokenizer_hash, tokenizer_of
 from align.errors import DataError, Interrupted
 from align.job import Job
 from align.recipe.settings import DataSettings, Role, TrainingSettings
@@ -186,3 +187,53 @@ def test_two_runs_do_not_make_the_same_rows_at_once(tmp_path: Path) -> None:
 def test_no_rows_make_no_file(tmp_path: Path) -> None:
     assert write_table(tmp_path / "none.arrow", iter(())) == 0
     assert not (tmp_path / "none.arrow").exists()
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from align.data import spool
+from align.data.render import Renderer
+from align.recipe.settings import DataSettings, Role, TrainingSettings
+from align.training.prepared import prepared
+from align.training.rows import preference_row
+from tests.models.tiny import new_tokenizer
+from tests.training.test_prepared import context
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def make(name):
+    where, data = context(folder, name), DataSettings(path=str(folder / f"{name}.jsonl"))
+    return prepared(data, Role.PREFERENCES, renderer, preference_row, TrainingSettings(max_length=10**6), where)
+
+folder, renderer = Path(sys.argv[1]), Renderer(new_tokenizer())
+spool.Spool.__init__.__defaults__ = (2**20,)
+make("small")
+before = peak()
+rows = make("large")
+print(len(rows.train), peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
+    """3,000 pairs of about 3,000 tokens, over 70 MB as lists of Python's numbers: under 40 MB more than ten pairs."""
+    for name, count in (("small", 10), ("large", 3000)):
+        rows = ({"prompt": f"say {n}", "chosen": "zq" * 1000, "rejected": "qz" * 500} for n in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    number, growth = done.stdout.split()
+    assert int(number) > 2500
+    assert float(growth) < 40
+
+
+def test_a_tokenizer_has_one_hash_wherever_it_lies(tmp_path: Path) -> None:
+    """Loaded from two folders, with a PAD token added or there: the rows are the same."""
+    tokenizer = new_tokenizer()
+    for name in ("a", "b/c"):
+        tokenizer.save_pretrained(tmp_path / name)
+    first, second = (tokenizer_hash(tokenizer_of(str(tmp_path / name))) for name in ("a", "b/c"))
+    assert first == second
+    tokenizer.chat_template += " "
+    assert tokenizer_hash(tokenizer) != first
