@@ -33,7 +33,7 @@ class Keyed(NamedTuple):
 
     row: Row
     key: bytes
-    others: Mapping[str, object] = MappingProxyType({})
+    others: Mapping[str, object]
     """Columns of the file that are not read, if they are kept; none where several rows became one."""
 
 
@@ -142,8 +142,7 @@ class FileRows:
                 continue
             asked = with_system(parsed.prompt, system)
             others = {name: values[name] for name in self._others if name in values}
-            for place, found in self._keyed(shape, replace(parsed, prompt=asked), number):
-                yield place, found if isinstance(found, RowFault) else found._replace(others=others)
+            yield from self._keyed(shape, replace(parsed, prompt=asked), number, others)
 
     def _grouped(self, shape: Shape, grouped: Grouped) -> Iterator[tuple[int, Keyed | RowFault]]:
         """Rows of a shape whose rows belong together: checked and kept, then put together by their keys."""
@@ -173,8 +172,10 @@ class FileRows:
                 raise RowFault("not only text", f"`{name}` is not empty", "align trains on text without it")
         return row
 
-    def _keyed(self, shape: Shape, parsed: Parsed, number: int) -> Iterator[tuple[int, Keyed | RowFault]]:
+    def _keyed(
+        self, shape: Shape, parsed: Parsed, number: int, others: Mapping[str, object] = MappingProxyType({})
+    ) -> Iterator[tuple[int, Keyed | RowFault]]:
         key = digest(prompt_key(parsed.prompt) if parsed.prompt else text_key(parsed.answers[0]))
         parsed = replace(parsed, prompt=with_system(parsed.prompt, self._settings.system))
         for place, row in canonical(parsed, shape, self.role, self._settings.pairs, self.file.name, number):
-            yield place, row if isinstance(row, RowFault) else Keyed(row, key)
+            yield place, row if isinstance(row, RowFault) else Keyed(row, key, others)

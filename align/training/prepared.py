@@ -29,7 +29,7 @@ from align.data.rows import Prompt, asked
 from align.data.split import Place, places
 from align.data.spool import Spool
 from align.data.tokenizer import tokenizer_hash
-from align.errors import ArtifactError, Interrupted
+from align.errors import ArtifactError, Interrupted, WriteError
 from align.recipe.settings import DataSettings, Role, TrainingSettings
 from align.records import committed_folder, fingerprint, read_manifest, sweep, write_json, write_lines
 from align.training.progress import StageProgress
@@ -123,8 +123,12 @@ def prepared(
 def alone(folder: Path, context: Context) -> Iterator[None]:
     """Held by one process at a time, so that two runs do not make the same folder at once. Clears what a run left that
     was killed while it made it. Raises Interrupted when the stage is to stop."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".lock-{folder.name}").open("w") as lock:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f".lock-{folder.name}").open("w")
+    except OSError as error:
+        raise WriteError(f"{folder}: cannot write: {error.strerror or error}") from error
+    with lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
