@@ -39,14 +39,27 @@ class Context:
     """One stage's surroundings while it runs.
 
     Layout of `directory`: job.json, metrics.jsonl, samples.jsonl, checkpoints/, model/ (the artifact),
-    record.json. `abort` ends the process at once, from any thread, with an error as the cause.
+    record.json. Of several processes the first one writes it. `abort` ends the process at once, from any thread, with
+    an error as the cause.
     """
 
-    def __init__(self, job: Job, stop: StopFlag | None = None, abort: Callable[[AlignError], None] = leave):
+    def __init__(
+        self,
+        job: Job,
+        stop: StopFlag | None = None,
+        abort: Callable[[AlignError], None] = leave,
+        *,
+        process: int = 0,
+        processes: int = 1,
+    ):
         self.job, self.abort = job, abort
+        self.processes = processes
+        """How many work on the stage."""
+        self.is_main = process == 0
+        """Whether this is the one that writes."""
         self.directory = Path(job.directory)
-        self.metrics = MetricsLog(self.directory / "metrics.jsonl")
-        self.samples = JsonLines(self.directory / "samples.jsonl")
+        self.metrics = MetricsLog(self.directory / "metrics.jsonl", writes=self.is_main)
+        self.samples = JsonLines(self.directory / "samples.jsonl", writes=self.is_main)
         self.checkpoints = self.directory / "checkpoints"
         self.model_directory = self.directory / "model"
         self.cache = Path(job.cache) if job.cache else self.directory / "cache"

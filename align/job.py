@@ -43,6 +43,8 @@ class Job:
     """Folder that runs share, of what can be made again at any time. Empty: `cache/` in the stage's own folder."""
     data_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By setting, what the plan found in its data (align.pipeline.data): for its record, no part of the identity."""
+    launch: dict[str, Any] | None = None
+    """How its processes are started: align.recipe.settings.LaunchSettings. None: the kind knows one process only."""
 
 
 @dataclass(frozen=True)

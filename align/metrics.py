@@ -18,11 +18,13 @@ class JsonLines:
     and cut off by `truncate_after`.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True):
+        self.path, self.writes = path, writes  # of many processes only one writes
 
     def write(self, step: int, **values: Any) -> None:
         """Appends one line. NaN and infinities are written as the strings "nan", "inf", "-inf": never hidden."""
+        if not self.writes:
+            return
         line = json.dumps({"step": step, **{key: _plain(value) for key, value in values.items()}}, ensure_ascii=False)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
@@ -46,6 +48,8 @@ class JsonLines:
 
     def truncate_after(self, step: int) -> None:
         """Drops lines beyond `step`, so that a resumed stage does not write a step twice."""
+        if not self.writes:
+            return
         rows = [row for row in self.read() if row["step"] <= step]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(self.path, text)

@@ -1,4 +1,5 @@
-"""The process of one stage: `python -m align.worker STAGE_DIR`. Started by align.pipeline.runner.
+"""A process of one stage: `python -m align.worker STAGE_DIR`, started by align.pipeline.runner, or by hand with
+`accelerate launch ... -m align.worker RECIPE STAGE [KEY=VALUE ...]`.
 
 It reads job.json, runs the stage, and writes record.json last: without a record the stage does not exist.
 """
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -23,12 +26,17 @@ from pathlib import Path
 from typing import Any
 
 from align.context import Context, StopFlag
-from align.errors import AlignError, ConfigError, DistributedError, WriteError
+from align.errors import AlignError, ConfigError, DistributedError, Problem, WriteError
 from align.job import StageResult
 from align.pipeline.folders import LOG, RECORD, RECORD_SCHEMA, Order, content, read_order, write_failure
 from align.pipeline.processes import die_with_parent
+from align.pipeline.runner import order_stage
+from align.recipe.load import load_recipe
+from align.recipe.settings import LaunchSettings
+from align.recipe.shipped import find_recipe
 from align.recipe.spec import named
 from align.records import read_manifest, remove_folder, write_json
+from stages import load_specs
 
 PACKAGES = (
     "align-rlhf",
@@ -57,8 +65,8 @@ ENVIRONMENT = {
 progress bar is ours."""
 
 
-def main(directory: Path) -> int:
-    """Runs the stage whose folder this is; returns the exit code."""
+def main(arguments: list[str]) -> int:
+    """Runs the stage of a folder, or of a recipe; returns the exit code."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # When imported (peft does) it warns of a missing CPU kernel that align does not use (align.models.quantised).
@@ -68,8 +76,11 @@ def main(directory: Path) -> int:
     die_with_parent(os.getppid())
     stop = StopFlag()
     stop.install()
+    directory = None
     try:
-        run_stage(directory, stop)
+        with _stage_folder(arguments) as directory:
+            if directory is not None:
+                run_stage(directory, stop)
     except AlignError as error:
         return _fail(directory, error.exit_code, str(error))
     except KeyboardInterrupt:
@@ -78,30 +89,66 @@ def main(directory: Path) -> int:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             return _fail(directory, WriteError.exit_code, f"{error.filename or directory}: the disk is full")
         return _fail(directory, 1, traceback.format_exc())
-    except Exception:
-        return _fail(directory, 1, traceback.format_exc())
+    except Exception as error:
+        return _fail_unexpectedly(directory, error)
     return 0
+
+
+@contextmanager
+def _stage_folder(arguments: list[str]) -> Iterator[Path | None]:
+    """The folder of the stage. One of a recipe is made by the first process as `align run` makes it, and the others are
+    told; None: the stage is up to date."""
+    if len(arguments) == 1:
+        yield Path(arguments[0])
+        return
+    if not arguments:
+        raise ConfigError(Problem("align.worker", "nothing to run", "give it a stage's folder, or RECIPE STAGE"))
+    path, stage, *overrides = arguments  # as `align run -c RECIPE STAGE KEY=VALUE ...`
+    recipe = load_recipe(find_recipe(Path(path))[0], overrides=overrides, requested=[stage], specs=load_specs())
+    launch = getattr(recipe.stages[stage].config, "launch", None) or recipe.settings.launch
+    if launch.processes > 1:
+        os.environ.setdefault("ALIGN_WORLD_SIZE", str(launch.processes))
+    _world_size()
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    with order_stage(recipe, stage, Path("runs").resolve(), sys.argv) if is_main else nullcontext() as directory:
+        if "WORLD_SIZE" in os.environ:
+            from align.ranks import join, share  # loads torch
+
+            join(launch.timeout)
+            directory = share(directory)
+        yield directory
 
 
 def run_stage(directory: Path, stop: StopFlag) -> None:
     """Runs the stage and, on the first process, writes its record and removes its checkpoints."""
     if sys.flags.optimize:
         raise ConfigError("python -O (or PYTHONOPTIMIZE) removes checks that stages rely on; start without it")
-    world_size = _check_world_size()
+    process, processes = int(os.environ.get("RANK", "0")), _world_size()
     order = read_order(directory)
+    if processes > 1 and order.job.launch is None:
+        raise ConfigError(Problem(order.job.stage, f"{order.job.kind} trains in one process, and {processes} started"))
+    if "WORLD_SIZE" in os.environ:
+        from align.ranks import join, leave, wait  # loads torch
+
+        join(LaunchSettings.model_validate(order.job.launch or {}).timeout)
     config = named(order.config_class).model_validate(order.job.config)
-    context = Context(order.job, stop, partial(_abort, directory))
+    context = Context(order.job, stop, partial(_abort, directory), process=process, processes=processes)
     # Taken now: what the inputs hold while they are read, not what they may hold hours later.
     contents = {slot: content(Path(value.path)) for slot, value in order.job.inputs.items()}
     started = time.time()
     result: StageResult = named(order.run)(config, context)
-    if int(os.environ.get("RANK", "0")) == 0:
-        write_json(directory / RECORD, _record(order, result, contents, started, world_size))
+    if "WORLD_SIZE" in os.environ:
+        wait()  # a stage is complete when it is in all processes
+    if context.is_main:
+        write_json(directory / RECORD, _record(order, result, contents, started, processes))
         if context.checkpoints.exists():
             remove_folder(context.checkpoints)
+    if "WORLD_SIZE" in os.environ:
+        leave()
 
 
-def _check_world_size() -> int:
+def _world_size() -> int:
+    """How many processes were started. Raises DistributedError if these are not as many as were asked for."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     wanted = int(os.environ.get("ALIGN_WORLD_SIZE", size))
     if size != wanted:
@@ -109,8 +156,6 @@ def _check_world_size() -> int:
             f"{wanted} processes were asked for and {size} started; check the launcher's arguments "
             "(`accelerate launch --cpu` starts one process whatever --num_processes says)"
         )
-    if size > 1:
-        raise ConfigError(f"{size} processes: this version trains every stage on one; leave --num_processes out")
     return size
 
 
@@ -205,16 +250,37 @@ def _abort(directory: Path, error: AlignError) -> None:
     os._exit(_fail(directory, error.exit_code, str(error)))
 
 
-def _fail(directory: Path, exit_code: int, message: str) -> int:
-    print(message, file=sys.stderr, flush=True)
-    write_failure(directory, exit_code, message)
+def _fail_unexpectedly(directory: Path | None, error: Exception) -> int:
+    """An error of no class of ours: the end of another process, as the communication library tells it, or a bug."""
+    if "torch" in sys.modules:
+        from align.ranks import LostContact, as_distributed
+
+        distributed = as_distributed(error)
+        if isinstance(distributed, LostContact):
+            return _log(directory, distributed.exit_code, str(distributed))
+        if distributed:
+            return _fail(directory, distributed.exit_code, str(distributed))
+    return _fail(directory, 1, traceback.format_exc())
+
+
+def _fail(directory: Path | None, exit_code: int, message: str) -> int:
+    """Says what went wrong, unless another process was first."""
+    if directory is None or write_failure(directory, exit_code, message):
+        print(message, file=sys.stderr, flush=True)
+    return _log(directory, exit_code, message)
+
+
+def _log(directory: Path | None, exit_code: int, message: str) -> int:
+    if directory is None:
+        return exit_code
+    process = f" process {os.environ['RANK']}" if "RANK" in os.environ else ""
     try:
         with (directory / LOG).open("a", encoding="utf-8") as stream:
-            stream.write(f"{_timestamp(time.time())} exit code {exit_code}\n{message}\n")
+            stream.write(f"{_timestamp(time.time())}{process} exit code {exit_code}\n{message}\n")
     except OSError:
         print(f"{directory / LOG}: cannot write", file=sys.stderr)
     return exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
-from typer.core import TyperCommand
 
 from align.cli.app import app
 from align.cli.complete import complete_run_argument
@@ -21,36 +21,20 @@ from align.cli.table import relative, render_plan, render_summary
 from align.errors import ArtifactError, ConfigError, Problem
 from align.pipeline.estimate.gpus import parse_gpus
 from align.pipeline.estimate.stage import know_stages
+from align.pipeline.launch import stage_launch
 from align.pipeline.lineage import Ancestor, trace
 from align.pipeline.lock import lock_run
 from align.pipeline.plan import Plan, Step, make_plan
-from align.pipeline.runner import execute, worker_command
+from align.pipeline.runner import execute
 from align.recipe.load import Recipe, load_recipe
 from align.recipe.shipped import find_recipe
 from stages import load_specs
 
-LAUNCHER = "align.launcher"
-"""Key under which a command keeps what follows `--`."""
-
-
-class LauncherCommand(TyperCommand):
-    """A command whose arguments after `--` belong to `accelerate launch`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Splits the arguments at the first `--`."""
-        if "--" in args:
-            at = args.index("--")
-            ctx.meta[LAUNCHER] = args[at + 1 :]
-            args = args[:at]
-        return super().parse_args(ctx, args)
-
-
 Arguments = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="STAGE... [KEY=VALUE ...] [-- LAUNCHER ARGS]",
-        help="Stages to end with (none: all of the recipe), settings to change (`ppo.kl.coef=0.1`), and "
-        "after `--` what `accelerate launch` gets.",
+        metavar="STAGE... [KEY=VALUE ...]",
+        help="Stages to end with (none: all of the recipe), and settings to change (`ppo.kl.coef=0.1`).",
         autocompletion=complete_run_argument,
         show_default=False,
     ),
@@ -80,9 +64,8 @@ Data = Annotated[str | None, typer.Option(help="Data file of stages that name no
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command(cls=LauncherCommand)
+@app.command()
 def run(
-    ctx: typer.Context,
     arguments: Arguments = None,
     config: Config = None,
     name: RunName = None,
@@ -105,25 +88,25 @@ def run(
     console = Console()
     recipe, requested = read_recipe(console, arguments, config, model, data)
     run_dir = run_folder(recipe, name, runs)
-    launcher: list[str] = ctx.meta.get(LAUNCHER, [])
     if dry_run:
         plan = make_plan(recipe, requested, run_dir, force or (), only=only)
         show_plan(console, plan)
         for step in plan.steps:
             if step.runs:
-                console.print(shlex.join(worker_command(step.job.directory, launcher)), markup=False, soft_wrap=True)
+                launch = stage_launch(step.node, recipe)
+                console.print(shlex.join(launch.command(Path(step.job.directory))), markup=False, soft_wrap=True)
         return
-    with lock_run(run_dir, only) as lock:
+    with lock_run(run_dir, only) if recipe.settings.nodes.rank == 0 else nullcontext() as lock:
         plan = make_plan(recipe, requested, run_dir, force or (), only=only, verify=True)
         show_plan(console, plan)
         summary = execute(
             plan,
             lock,
-            launcher=launcher,
             command=sys.argv,
             announce=lambda step: _announce(console, plan, step),
         )
-    _show_results(console, plan, summary)
+    if summary:
+        _show_results(console, plan, summary)
 
 
 @app.command()

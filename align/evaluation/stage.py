@@ -102,7 +102,7 @@ def evaluate_model(
     policy = roles.causal_role(model)
     ids = [renderer.prompt(prompt.messages, prompt.source) for prompt in prompts[: settings.prompts]]
     dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, quiet=not context.is_main)
     engine = open_engine(
         settings,
         Sampled(model, folder, dtype, max(map(len, ids)) + settings.max_response_tokens, settings.batch_size),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from align import ranks
 from align.data.render import Renderer
 from align.job import Input
 from align.models.handover import probe_values, verify_loaded, verify_saved
@@ -56,7 +57,8 @@ def open_as_reward(
 def commit_policy(
     staging: AbstractContextManager[Path], trained: Any, opened: Opened, probes: Sequence[list[int]]
 ) -> tuple[Any, dict[str, Any]]:
-    """Saves the effective policy (adapters merged) and checks the hand-over. Returns it and the check's result.
+    """Saves the effective policy (adapters merged) and checks the hand-over. Returns it and the check's result. Of
+    several processes, each with the whole model, the first saves and checks.
 
     The values to meet are those of `trained`, before merging: what was trained, not what was merged, must arrive.
     """
@@ -79,6 +81,8 @@ def _commit(
     is_reward: bool,
 ) -> tuple[Any, dict[str, Any]]:
     expected, dtype = probe_values(trained, probes, is_reward=is_reward), trained.dtype
+    if not ranks.is_main():
+        return merged(trained), ranks.share(None)
     with staging as folder:
         save_adapter(trained, folder)
         effective = merged(trained)
@@ -94,7 +98,7 @@ def _commit(
         )
     if opened.quantisation_moved is not None:
         result["quantisation_moved"] = opened.quantisation_moved
-    return effective, result
+    return effective, ranks.share(result)
 
 
 def _open(source: Input, template: Any, dtype: torch.dtype, quantise: str | None, load: Loader) -> Opened:

@@ -18,7 +18,7 @@ from align.errors import DataError, Problem
 from align.job import Input, Job
 from align.pipeline.external import HashCache, adapter_facts, hub_input, local_input
 from align.pipeline.functions import source_hash
-from align.pipeline.graph import Node, Source
+from align.pipeline.graph import Node, Source, wanted_launch
 from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.settings import DATA_PLACES, DataSettings, ReadSettings, is_marked
 from align.records import fingerprint
@@ -82,6 +82,7 @@ def _job(
         track=list(settings.track),
         identity=identity,
         cache=str(run_dir.parent / CACHE),
+        launch=wanted_launch(node, settings).model_dump(mode="json") if node.spec.distributed else None,
     )
 
 

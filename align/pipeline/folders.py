@@ -80,13 +80,17 @@ def content(model: Path) -> str | None:
         return None
 
 
-def write_failure(directory: Path, exit_code: int, message: str) -> None:
-    """Keeps the exit code of the stage's first process to fail: launchers turn every code into 1."""
+def write_failure(directory: Path, exit_code: int, message: str) -> bool:
+    """Keeps the exit code of the stage's first process to fail: launchers turn every code into 1. Returns whether this
+    is news: False when another process was first."""
     try:
         with (directory / FAILURE).open("x", encoding="utf-8") as stream:
             json.dump({"exit_code": exit_code, "message": message}, stream)
+    except FileExistsError:
+        return False
     except OSError:
-        return  # another process was first, or the disk is full: stderr has the message
+        return True  # the disk is full: stderr has the message
+    return True
 
 
 def read_failure(directory: Path) -> int | None:

@@ -11,7 +11,8 @@ from typing import Any
 from align.errors import ConfigError, Problem
 from align.pipeline.external import artifact_folder, check_folder
 from align.recipe.load import Recipe
-from align.recipe.settings import DataSettings, ModelSettings, Role, Settings
+from align.recipe.recipe_settings import RecipeSettings
+from align.recipe.settings import DataSettings, LaunchSettings, ModelSettings, Role, Settings
 from align.recipe.spec import Kind, Slot, StageSpec
 
 
@@ -67,6 +68,11 @@ class Node:
                 value = getattr(value, key, None)
             if value is not None:
                 yield path, value, role
+
+
+def wanted_launch(node: Node, settings: RecipeSettings) -> LaunchSettings:
+    """What the recipe says of the processes of a stage."""
+    return getattr(node.config, "launch", None) or settings.launch
 
 
 def build_graph(recipe: Recipe, requested: Sequence[str]) -> list[Node]:

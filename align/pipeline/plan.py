@@ -16,6 +16,7 @@ from align.pipeline.external import HashCache
 from align.pipeline.fingerprint import Contents, make_jobs
 from align.pipeline.folders import JOB, content, newest_checkpoint, newest_record, read_record
 from align.pipeline.graph import Node, build_graph
+from align.pipeline.launch import check_launches
 from align.pipeline.reasons import changes
 from align.recipe.load import Recipe
 from align.recipe.nearest import did_you_mean
@@ -109,6 +110,7 @@ def make_plan(
     _check_names("--only", [only] if only else [], nodes)
     _check_trackers(recipe.settings.track)
     _check_quantisation(nodes)
+    check_launches(nodes, recipe)
     cache = HashCache(run_dir.parent)
     evaluation = recipe.settings.evaluation.data
     contents = Contents(nodes, evaluation)

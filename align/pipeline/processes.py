@@ -32,8 +32,11 @@ def signal_workers(pid: int, number: int, *, launched: bool) -> None:
     process group: helpers of a stage (data loaders, engines) must live until it has saved.
     """
     try:
-        workers = psutil.Process(pid).children() if launched else []
-        for process in workers or [psutil.Process(pid)]:
-            process.send_signal(number)
+        process = psutil.Process(pid)
+        workers = process.children() if launched else [process]
+        if not workers:
+            process.kill()  # a launcher may wait for another machine where it sees no signal; nothing can be lost yet
+        for worker in workers:
+            worker.send_signal(number)
     except psutil.NoSuchProcess:
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,11 +14,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from align.errors import AlignError, Interrupted, WriteError
+from align.errors import AlignError, ConfigError, Interrupted, Problem, WriteError
 from align.pipeline.folders import FAILURE, LOG, Order, read_failure, write_order
-from align.pipeline.plan import Action, Plan, Step, decide
+from align.pipeline.launch import Launch, stage_launch
+from align.pipeline.lock import lock_run
+from align.pipeline.plan import Action, Plan, Step, decide, make_plan
 from align.pipeline.processes import die_with_parent, signal_workers
 from align.pipeline.summary import write_summary
+from align.recipe.load import Recipe
 from align.records import remove_folder, sweep, write_text
 
 
@@ -33,30 +35,34 @@ class StageFailed(AlignError):
 
 def execute(
     plan: Plan,
-    lock: Sequence[int],
+    lock: Sequence[int] | None,
     *,
-    launcher: Sequence[str] = (),
     command: Sequence[str] = (),
     announce: Callable[[Step], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Runs every stage of the plan that needs it and returns the summary. `lock` is what `lock_run` gave.
+    """Runs every stage of the plan that needs it and returns the summary. `lock` is what `lock_run` gave; None on any
+    machine but the first, which writes everything.
 
     Raises Interrupted when stopped after a safe save, StageFailed when a stage's process ends badly.
     """
-    write_text(plan.run_dir / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(plan.recipe.resolved())))
-    with forwarded_signals(bool(launcher)) as stop:
+    if lock is not None:
+        write_text(plan.run_dir / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(plan.recipe.resolved())))
+    with forwarded_signals() as stop:
         for planned in plan.steps:
             # A stage before it may have come out differently, so what is reused is looked at once more.
             step = planned if planned.runs else decide(planned.node, planned.job)
             announce(step)
-            if step.runs:
-                _prepare(step, command)
-                _run_stage(step, lock, launcher, stop)
-            write_summary(plan)
-    return write_summary(plan)
+            launch = stage_launch(step.node, plan.recipe)
+            if step.runs and lock is not None:
+                prepare(step, command)
+            if step.runs and (lock is not None or launch.accelerate is not None):
+                _run_stage(step, lock, launch, stop)
+            if lock is not None:
+                write_summary(plan)
+    return {} if lock is None else write_summary(plan)
 
 
-def _prepare(step: Step, command: Sequence[str]) -> None:
+def prepare(step: Step, command: Sequence[str]) -> None:
     """Clears what an interrupted commit left, and the old result unless this is a resume; writes job.json."""
     directory = Path(step.job.directory)
     try:
@@ -72,11 +78,34 @@ def _prepare(step: Step, command: Sequence[str]) -> None:
     write_order(Order(step.job, spec.run, config_class, str(spec.output), list(command)))
 
 
+@contextmanager
+def order_stage(recipe: Recipe, stage: str, runs: Path, command: Sequence[str]) -> Iterator[Path | None]:
+    """For processes that somebody else starts: the folder of a stage, prepared as `execute` does, while its run is
+    locked. None when the stage is up to date. Raises ConfigError when stages that it needs are not."""
+    run_dir = runs / recipe.settings.name
+    with lock_run(run_dir):
+        plan = make_plan(recipe, [stage], run_dir, verify=True)
+        *others, step = plan.steps
+        wanting = [other.job.stage for other in others if other.runs]
+        if wanting:
+            what = f"needs {' and '.join(wanting)}, not up to date"
+            raise ConfigError(Problem(stage, what, f"first `align run {' '.join(wanting)}` with the same recipe"))
+        if not step.runs:
+            yield None
+            return
+        sweep(run_dir)
+        write_text(run_dir / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(recipe.resolved())))
+        prepare(step, command)
+        yield Path(step.job.directory)
+        write_summary(plan)
+
+
 class Stop:
     """The stage's process while it lives, and the signal that was passed on to it."""
 
-    def __init__(self, launched: bool) -> None:
-        self.launched = launched
+    def __init__(self) -> None:
+        self.launched = False
+        """Whether the process is a launcher."""
         self.signal: int | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -89,9 +118,9 @@ class Stop:
 
 
 @contextmanager
-def forwarded_signals(launched: bool) -> Iterator[Stop]:
+def forwarded_signals() -> Iterator[Stop]:
     """While open, SIGINT, SIGTERM and SIGHUP go to the running stage, which saves and ends by itself."""
-    stop = Stop(launched)
+    stop = Stop()
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop.on_signal) for number in numbers}
     try:
@@ -101,8 +130,10 @@ def forwarded_signals(launched: bool) -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def _run_stage(step: Step, lock: Sequence[int], launcher: Sequence[str], stop: Stop) -> None:
+def _run_stage(step: Step, lock: Sequence[int] | None, launch: Launch, stop: Stop) -> None:
     """Starts the stage's process, in its own session so that Ctrl-C reaches it once, and waits for it."""
+    command = launch.prepare(Path(step.job.directory))
+    stop.launched = launch.accelerate is not None
     # A signal that arrives before the process exists must not be lost: none is handled while it starts.
     held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, held)
@@ -110,9 +141,9 @@ def _run_stage(step: Step, lock: Sequence[int], launcher: Sequence[str], stop: S
         if stop.signal is not None:
             raise Interrupted(f"stopped before {step.job.stage}; run the same command to continue")
         stop.process = subprocess.Popen(
-            worker_command(step.job.directory, launcher),
-            env=worker_environment(launcher),
-            pass_fds=lock,
+            command,
+            env=os.environ | ({"ALIGN_WORLD_SIZE": str(launch.processes)} if stop.launched else {}),
+            pass_fds=lock or (),
             start_new_session=True,
             preexec_fn=partial(_in_child, os.getpid(), held),
         )
@@ -127,22 +158,6 @@ def _run_stage(step: Step, lock: Sequence[int], launcher: Sequence[str], stop: S
 def _in_child(parent: int, held: set[signal.Signals]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
     die_with_parent(parent)
-
-
-def worker_command(directory: str, launcher: Sequence[str] = ()) -> list[str]:
-    """The command line of a stage's process: direct, or through `accelerate launch` when it has arguments."""
-    through = ["-m", "accelerate.commands.launch", *launcher] if launcher else []
-    return [sys.executable, *through, "-m", "align.worker", directory]
-
-
-def worker_environment(launcher: Sequence[str] = ()) -> dict[str, str]:
-    """The environment of a stage's process. ALIGN_WORLD_SIZE is the number of processes asked for."""
-    environment = dict(os.environ)
-    for place, argument in enumerate(launcher):
-        name, _, value = argument.partition("=")
-        if name in {"--num_processes", "--num-processes"}:
-            environment["ALIGN_WORLD_SIZE"] = value or "".join(launcher[place + 1 : place + 2])
-    return environment
 
 
 def _failure(step: Step, code: int, stop: Stop) -> AlignError:

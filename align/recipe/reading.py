@@ -122,14 +122,21 @@ class Reading:
                 if isinstance(found.get("path"), str):
                     found["path"] = self._model(found["path"], (*path, "path"), [])
             else:
-                for key in (key for key, field in settings.model_fields.items() if is_marked(field, "source")):
-                    found |= {key: self._source(found[key], (*path, key), stages)} if key in found else {}
+                for key, field in settings.model_fields.items():
+                    if key in found and is_marked(field, "source"):
+                        found[key] = self._source(found[key], (*path, key), stages)
+                    elif key in found and is_marked(field, "file") and isinstance(found[key], str):
+                        found[key] = str(self._base((*path, key)) / Path(found[key]).expanduser())
 
     def _located(self, value: Any, path: KeyPath) -> Any:
-        base = Path.cwd() if self.origins.from_command_line(path) else self.directory
+        base = self._base(path)
         if isinstance(value, list):
             return [locate(item, base) if isinstance(item, str) else item for item in value]
         return locate(value, base) if isinstance(value, str) else value
+
+    def _base(self, path: KeyPath) -> Path:
+        """What a relative path at this key starts from."""
+        return Path.cwd() if self.origins.from_command_line(path) else self.directory
 
     def _source(self, value: Any, path: KeyPath, stages: list[str]) -> Any:
         """A source, or a list of them: stages as they are, anything else as a model."""

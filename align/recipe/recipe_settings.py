@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from align.recipe.settings import Data, EvaluationSettings, Model, Settings, execution
+from align.recipe.settings import (
+    Data,
+    EvaluationSettings,
+    LaunchSettings,
+    Model,
+    NodesSettings,
+    Settings,
+    execution,
+)
 from align.recipe.submit_settings import SubmitSettings
 
 
@@ -34,3 +42,9 @@ class RecipeSettings(Settings):
 
     submit: SubmitSettings = execution(SubmitSettings())
     """What `align submit` asks of a cluster."""
+
+    launch: LaunchSettings = execution(LaunchSettings())
+    """Processes of every stage that has no `launch` of its own."""
+
+    nodes: NodesSettings = execution(NodesSettings())
+    """Machines that these processes are on."""

@@ -42,9 +42,9 @@ class Settings(BaseModel):
         return {slot: getattr(self, slot, None)}
 
 
-def execution(default: Any, **constraints: Any) -> Any:
-    """A field that cannot change the result: left out of the fingerprint."""
-    return Field(default, json_schema_extra={"execution": True}, **constraints)
+def execution(default: Any, *, file: bool = False, **constraints: Any) -> Any:
+    """A field that cannot change the result: left out of the fingerprint. `file`: it is a local path."""
+    return Field(default, json_schema_extra={"execution": True, "file": file}, **constraints)
 
 
 def source(default: Any = None) -> Any:
@@ -58,7 +58,7 @@ def function(default: Any = None) -> Any:
 
 
 def is_marked(field: FieldInfo, mark: str) -> bool:
-    """Whether a field was made by the function called `mark`: execution, source or function."""
+    """Whether a field was made by the function called `mark` (execution, source or function), or names a `file`."""
     extra = field.json_schema_extra
     return isinstance(extra, dict) and bool(extra.get(mark))
 
@@ -359,6 +359,59 @@ class EvaluationSettings(EngineSettings):
     engine, which is open already."""
 
 
+class LaunchSettings(Settings):
+    """The processes that a stage trains on, and how they share the work. How many there are changes nothing but the
+    order in which sums are rounded."""
+
+    processes: PositiveInt = 1
+    """Processes in all, over all machines: one for each GPU. Rows of a batch are divided among them."""
+
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-nvme"] = "ddp"
+    """ddp: each holds everything. zero1: a share of the optimiser's state; zero2: and of the gradients; zero3: and of
+    the weights (DeepSpeed). offload: the shares are in main memory; nvme: on a disk. Files of `deepspeed/`."""
+
+    config: str | None = execution(None, file=True)
+    """A file of `accelerate config` to start with, instead of `processes` and `strategy`."""
+
+    timeout: PositiveFloat = 1800.0
+    """Seconds that a process waits for another one before the stage fails: more than saving the model takes."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> LaunchSettings:
+        if self.config is not None and (self.processes, self.strategy) != (1, "ddp"):
+            raise ValueError("config says how many processes there are and their strategy; leave both out here")
+        return self
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the stage is one process that needs no launcher."""
+        return self.processes == 1 and self.strategy == "ddp" and self.config is None
+
+
+class NodesSettings(Settings):
+    """The machines of a run. The same command is given on each of them, in a folder that they share."""
+
+    count: PositiveInt = 1
+    """Machines."""
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    """Number of this machine; 0 writes everything."""
+
+    address: str | None = None
+    """Host name or address of machine 0, as the others reach it. Required for several machines."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] = 29500
+    """The first of as many free ports of machine 0 as there are stages."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> NodesSettings:
+        if self.rank >= self.count:
+            refuse({"rank": f"{self.rank} of {self.count} machines: they are numbered from 0"})
+        if self.count > 1 and self.address is None:
+            refuse({"address": f"required for {self.count} machines: where the others find machine 0"})
+        return self
+
+
 class TrainingSettings(Settings):
     """What every gradient-trained stage on TRL has in common."""
 
@@ -399,6 +452,9 @@ class TrainingSettings(Settings):
     samples_every: PositiveInt | None = execution(None)
     """Optimiser steps between entries of samples.jsonl. None: only at the end."""
 
+    launch: LaunchSettings | None = execution(None)
+    """Processes of this stage. None: the recipe's `launch`."""
+
     trainer_args: dict[str, Any] = {}
     """Passed to TRL's config of this stage as they are, for the arguments not modelled here. Names are
     checked; those that align sets itself are refused."""
@@ -407,6 +463,16 @@ class TrainingSettings(Settings):
     def quantise(self) -> str | None:
         """How the frozen base is held while an adapter is trained; None: in full."""
         return self.lora.quantise if self.lora else None
+
+    def micro_batches(self, processes: int) -> tuple[int, int]:
+        """Rows per forward pass and process, and passes per step. Raises ValueError when `batch_size` cannot be divided
+        so."""
+        micro = self.micro_batch_size or max(1, self.batch_size // processes)
+        passes, rest = divmod(self.batch_size, micro * processes)
+        if rest or not passes:
+            of = f" of {micro} rows (micro_batch_size)" if self.micro_batch_size else ""
+            raise ValueError(f"batch_size {self.batch_size} cannot be divided among {processes} processes{of}")
+        return micro, passes
 
     @model_validator(mode="after")
     def _micro_divides(self) -> TrainingSettings:

@@ -11,11 +11,11 @@ DEMO = "demo"
 HERE = "align.yaml"
 
 
-def shipped_folder() -> Path:
-    """The folder of shipped recipes: beside the installed package, or `configs/` of a source tree."""
+def shipped_folder(name: str = "configs") -> Path:
+    """A folder that comes with align, `configs` or `deepspeed`: beside the installed package, or in a source tree."""
     root = Path(__file__).resolve().parents[2]
-    installed = root / "align_shipped" / "configs"
-    return installed if installed.is_dir() else root / "configs"
+    installed = root / "align_shipped" / name
+    return installed if installed.is_dir() else root / name
 
 
 def shipped_recipes() -> dict[str, Path]:

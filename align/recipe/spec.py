@@ -61,5 +61,7 @@ class StageSpec:
     workload: str | None = None
     """`module:function`, torch-free, `(config, inputs by name, lengths, processes, evaluation) -> Workload`: what the
     memory of the stage is estimated from (align.pipeline.estimate)."""
+    distributed: bool = False
+    """Whether it can train on several processes."""
     trainer_config: str | None = None
     """`package.module:Class` of the TRL config that `trainer_args` is checked against, unimported."""

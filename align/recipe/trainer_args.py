@@ -90,9 +90,12 @@ _MANAGED = {
     "do_predict": "align measures at the end of the stage",
     "use_cpu": "align uses a GPU where there is one",
     "local_rank": "the launcher sets it",
-    "deepspeed": "launcher arguments stand after `--`",
-    "fsdp": "launcher arguments stand after `--`",
-    "fsdp_config": "launcher arguments stand after `--`",
+    "ddp_timeout": "use `launch.timeout`",
+    "average_tokens_across_devices": "a sum over tokens is divided once, by all tokens of the step",
+    "dataloader_drop_last": "no row is left out",
+    "deepspeed": "use `launch`",
+    "fsdp": "use `launch`",
+    "fsdp_config": "use `launch`",
 }
 """Arguments that align sets itself and that no setting changes, and why."""
 

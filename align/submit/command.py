@@ -21,18 +21,19 @@ PORT = 29500
 def align_command(submission: Submission, jobs: Sequence[StageJob], resources: Resources, python: str) -> str:
     """The command of a job, as shell. On several machines it reads NODE_RANK, MASTER_ADDR and MASTER_PORT."""
     only = ["--only", jobs[0].stage] if len(jobs) < len(submission.jobs) else []
-    command = shlex.join([python, "-m", "align", "run", *submission.arguments, *only])
     processes = resources.nodes * resources.processes
-    if processes == 1:
+    launch = [
+        f"{job.stage}.launch.{name}={value}"
+        for job in jobs
+        if processes > 1 and job.strategy
+        for name, value in (("processes", processes), ("strategy", job.strategy))
+    ]
+    command = shlex.join([python, "-m", "align", "run", *submission.arguments, *launch, *only])
+    if resources.nodes == 1:
         return command
-    launcher = ["--num_machines", str(resources.nodes), "--num_processes", str(processes)]
-    command = f"{command} -- {shlex.join(launcher)}"
-    if resources.nodes > 1:
-        command += (
-            ' --machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"'
-            " --same_network"
-        )
-    return command
+    return f'{command} nodes.count={resources.nodes} nodes.rank="$NODE_RANK" nodes.address="$MASTER_ADDR" ' + (
+        'nodes.port="$MASTER_PORT"'
+    )
 
 
 def job_script(

@@ -36,6 +36,8 @@ class StageJob:
     directory: str
     """Its folder, absolute."""
     resources: Resources
+    strategy: str | None = None
+    """How several processes share its work (align.recipe.settings.LaunchSettings); None: it trains in one."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,13 @@ def make_submission(
         here=here,
         arguments=list(arguments),
         jobs=[
-            StageJob(step.job.stage, after[step.job.stage], step.job.directory, settings.of(step.job.stage))
+            StageJob(
+                step.job.stage,
+                after[step.job.stage],
+                step.job.directory,
+                settings.of(step.job.stage),
+                step.job.launch["strategy"] if step.job.launch else None,
+            )
             for step in plan.steps
             if step.runs
         ],

@@ -107,7 +107,7 @@ def prepared(
             with committed_folder(folder) as staging:
                 _make(staging, data, role, partial(convert, renderer), config, context)
     rejected = folder / REJECTED
-    if rejected.exists():
+    if rejected.exists() and context.is_main:
         with rejected.open(encoding="utf-8") as lines:
             write_lines(context.directory / REJECTED, lines)
     return Prepared(

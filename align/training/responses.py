@@ -26,6 +26,7 @@ from align.context import Context
 from align.models.lora import without_wrapper
 from align.models.opened import open_policy
 from align.models.roles import Role, causal_role
+from align.training.division import ROWS
 from align.training.reference import FOLDER, read_logprobs, reference_key, write_logprobs
 from align.training.trainer import CommittedTrainer
 
@@ -109,8 +110,8 @@ def warn_of_displacement(stage: str, answers: str, log_ratio: float | None) -> N
         )
 
 
-class ResponseTrainer(CommittedTrainer, DPOTrainer):
-    """Trains on `row_losses`, which a stage defines. Rows have `prompt_ids` and two responses."""
+class _Responses(DPOTrainer):
+    """What TRL's trainer does otherwise; see ResponseTrainer."""
 
     loss_is_scaled_for_ga = True
     """To the libraries: a loss is divided by the rows of the whole step, and by nothing else."""
@@ -118,6 +119,8 @@ class ResponseTrainer(CommittedTrainer, DPOTrainer):
     """Columns of the two responses."""
     trains_second = True
     """Whether gradients go through the second responses."""
+    own_rows: int
+    """Rows of the micro-batch that are this process's (align.training.division)."""
     accelerator: Any  # what it gathers is a tensor here, and typed as anything in a container
     model: Any
 
@@ -183,7 +186,8 @@ class ResponseTrainer(CommittedTrainer, DPOTrainer):
         tokens = inputs["response_mask"].sum(1)
         scored = Scored(policy.view(2, -1), tokens.view(2, -1), self._reference_of(inputs))
         # The mean gradient of all processes is taken, of which each has its own share of the rows.
-        loss = self.row_losses(scored, inputs).sum() / num_items_in_batch * self.accelerator.num_processes
+        losses = self.row_losses(scored, inputs)[: self.own_rows]
+        loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         self.note("entropy", outputs.entropy.sum(1) / tokens[:trained])
@@ -192,10 +196,9 @@ class ResponseTrainer(CommittedTrainer, DPOTrainer):
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Rows of an optimiser step, over its micro-batches and all processes."""
-        rows = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
-        return self.accelerator.gather(torch.tensor([rows], device=device)).sum()
+        return torch.tensor(sum(batch[ROWS][1] for batch in batch_samples), device=device)
 
     def _forward(self, model: Any, batch: Mapping[str, Tensor], rows: slice) -> Any:
         """TRL's output for some sequences: log_probs and entropy (rows,L-1), 0 outside the responses."""
@@ -256,3 +259,7 @@ class ResponseTrainer(CommittedTrainer, DPOTrainer):
         batches: Any = self.accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self.data_collator))  # type: ignore[arg-type]
         parts = [self.accelerator.gather_for_metrics(self._compute_reference(batch).T) for batch in batches]
         return torch.cat(parts).cpu()
+
+
+class ResponseTrainer(CommittedTrainer, _Responses):
+    """Trains on `row_losses`, which a stage defines. Rows have `prompt_ids` and two responses."""

@@ -27,7 +27,7 @@ REJECTED = "rejected.jsonl"
 def load_rows(settings: DataSettings, role: Role, context: Context) -> Dataset:
     """The rows of a stage. Rows left out are listed in the stage's rejected.jsonl with the reason."""
     dataset = load(settings, role)
-    if dataset.report.skipped:
+    if dataset.report.skipped and context.is_main:
         write_lines(context.directory / REJECTED, map(rejected_line, dataset.report.skipped))
     return dataset
 

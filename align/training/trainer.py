@@ -9,19 +9,24 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from align import ranks
 from align.context import Context
-from align.errors import NumericError
+from align.errors import ConfigError, DistributedError, NumericError, Problem
 from align.recipe.settings import OptimSettings, TrainingSettings
-from align.records import committed_folder, read_manifest
+from align.records import read_manifest
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
+from align.training.division import DividedTrainer, OwnRows
 from align.training.precision import training_dtype
 from align.training.progress import StageProgress
+from align.training.sharding import describe, layout, leave_sharded, sharding_arguments, whole_while
 
 SAVED_BY_TRAINER = "training_args.bin"
 """A pickle that the trainer writes into every checkpoint; it can hold tokens, and nothing reads it."""
@@ -43,23 +48,31 @@ def optimiser_arguments(optim: OptimSettings) -> dict[str, Any]:
 
 def trainer_arguments(config: TrainingSettings, context: Context, optim: OptimSettings, rows: int) -> dict[str, Any]:
     """Arguments common to TRL's configs. Everything the library would otherwise decide by itself is decided here."""
-    world = max(1, int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1)
-    micro = config.micro_batch_size or max(1, config.batch_size // world)
+    micro, accumulation = _micro_batches(config, context)
     steps = config.max_steps or max(1, math.ceil(rows * config.epochs / config.batch_size))
     use_cuda = torch.cuda.is_available()
+    in_bfloat16 = use_cuda and training_dtype(config.precision) is torch.bfloat16
     return {
         **housekeeping_arguments(context),
         **optimiser_arguments(optim),
+        **sharding_arguments(micro, accumulation, optim.max_grad_norm, in_bfloat16),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": config.batch_size // (micro * world),
+        "gradient_accumulation_steps": accumulation,
         "gradient_checkpointing": config.gradient_checkpointing,
-        "bf16": use_cuda and training_dtype(config.precision) is torch.bfloat16,
+        "bf16": in_bfloat16,
         "save_steps": config.checkpoint.every_steps or max(1, math.ceil(steps / 10)),
         "logging_steps": config.log_every,
         **config.trainer_args,
     }
+
+
+def _micro_batches(config: TrainingSettings, context: Context) -> tuple[int, int]:
+    try:
+        return config.micro_batches(context.processes)
+    except ValueError as error:
+        raise ConfigError(Problem(f"{context.job.stage}.batch_size", str(error))) from error
 
 
 def housekeeping_arguments(context: Context) -> dict[str, Any]:
@@ -80,7 +93,7 @@ def housekeeping_arguments(context: Context) -> dict[str, Any]:
     }
 
 
-class CommittedTrainer(Trainer):
+class CommittedTrainer(DividedTrainer):
     """Mixin before a trainer class: checkpoints are whole or absent; no non-finite loss or gradient reaches the
     weights."""
 
@@ -89,11 +102,12 @@ class CommittedTrainer(Trainer):
     _total_train_tokens: float = 0
     """TRL's count of tokens seen. It is in every line of metrics, and TRL starts it at 0 when resuming."""
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass. Raises NumericError, before the update, if the loss is not finite."""
-        loss = super().training_step(*args, **kwargs)
-        self._refuse_non_finite("loss", float(loss))
-        return loss
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a micro-batch. Raises NumericError, before the backward pass, if it is not finite."""
+        found = super().compute_loss(*args, **kwargs)
+        loss: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        self._refuse_non_finite("loss", float(loss.detach()))
+        return found
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing once all steps are done: the library would train one more when it resumes from the last."""
@@ -113,20 +127,24 @@ class CommittedTrainer(Trainer):
         if not math.isfinite(value):
             raise NumericError(
                 f"{self.context.job.stage}: the {name} is {value} at step {self.state.global_step + 1}; nothing was "
-                "updated with it. Lower optim.lr, or look at the rows of that step"
+                "saved with it. Lower optim.lr, or look at the rows of that step"
             )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         step = self.state.global_step
         target = checkpoint_folder(self.context.checkpoints, step)
-        with committed_folder(target, step=step, tokens=self._total_train_tokens) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            (folder / SAVED_BY_TRAINER).unlink(missing_ok=True)
+        facts = {"step": step, "tokens": self._total_train_tokens, "layout": layout(self.accelerator)}
+        with ranks.committed_together(target, **facts) as folder:
+            if not self.is_deepspeed_enabled:  # which keeps the weights with the optimiser's state, in parts
+                self.save_model(str(folder), _internal_call=True)
+                (folder / SAVED_BY_TRAINER).unlink(missing_ok=True)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        keep_newest(self.context.checkpoints, self.keep_checkpoints, step)
+            if self.context.is_main:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self.context.is_main:
+            keep_newest(self.context.checkpoints, self.keep_checkpoints, step)
 
 
 class Reporter(TrainerCallback):
@@ -153,7 +171,7 @@ class Reporter(TrainerCallback):
     ) -> None:
         """One line of metrics."""
         numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
-        if not state.is_world_process_zero or "train_runtime" in numbers:
+        if "train_runtime" in numbers:
             return
         self.context.metrics.write(state.global_step, **numbers)
         shown = {name: numbers[key] for key, name in self.shown.items() if key in numbers}
@@ -166,7 +184,8 @@ class Reporter(TrainerCallback):
         self.progress.show(state.global_step)
         if self.sample and self.samples_every and state.global_step % self.samples_every == 0:
             self.sample(state.global_step)
-        if self.context.stop.is_set:
+        if ranks.any_of(self.context.stop.is_set):  # all processes stop at the same step
+            self.context.stop.is_set = True
             control.should_save = control.should_training_stop = True
         return control
 
@@ -186,19 +205,41 @@ def run_training(
     checkpoint on disk, and NumericError on a non-finite loss or gradient.
     """
     trainer.context, trainer.keep_checkpoints = context, keep_checkpoints
+    trainer.data_collator = OwnRows(trainer.data_collator, ranks.rank(), ranks.size())
+    if trainer.accelerator.num_processes != context.processes:
+        raise DistributedError(
+            f"{context.job.stage}: {context.processes} processes were started, and the trainer works with "
+            f"{trainer.accelerator.num_processes}"
+        )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    found = newest_valid(context.checkpoints)
+    found = _newest_checkpoint(context, layout(trainer.accelerator))
     context.metrics.truncate_after(found[0] if found else 0)
     context.samples.truncate_after(found[0] if found else 0)
     trainer._total_train_tokens = read_manifest(found[1])["tokens"] if found else 0
-    with StageProgress(context.job.stage, trainer.args.max_steps, "steps") as progress:
-        trainer.add_callback(Reporter(context, progress, shown, sample, samples_every))
+    with StageProgress(context.job.stage, trainer.args.max_steps, "steps", enabled=context.is_main) as progress:
+        trainer.add_callback(Reporter(context, progress, shown, whole_while(trainer, sample), samples_every))
         trainer.train(resume_from_checkpoint=str(found[1]) if found else None)
+    unset_hf_deepspeed_config()  # else the libraries would shard whatever is loaded from here on
+    step = trainer.state.global_step
+    if context.stop.is_set and step < trainer.args.max_steps:
+        context.stop_here(step)
+    leave_sharded(trainer)
     # Mixed precision leaves a rounding forward on the models (policy and reference); what follows measures the weights.
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
         if model is not None:
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    step = trainer.state.global_step
-    if context.stop.is_set and step < trainer.args.max_steps:
-        context.stop_here(step)
+
+
+def _newest_checkpoint(context: Context, layout: dict[str, Any]) -> tuple[int, Path] | None:
+    """The checkpoint to go on from. Raises ConfigError when other processes than these wrote it."""
+    found = ranks.share(newest_valid(context.checkpoints) if context.is_main else None)
+    if found is None:
+        return None
+    stage, wrote = context.job.stage, read_manifest(found[1])["layout"]
+    if wrote != layout:
+        raise ConfigError(
+            f"{stage}: its checkpoint of step {found[0]} was written by {describe(wrote)}, and these are "
+            f"{describe(layout)}; go on with `launch` as it was, or start again with --force {stage}"
+        )
+    return found

@@ -130,5 +130,6 @@ SPEC = StageSpec(
     data=Role.PREFERENCES,
     inputs={"policy": Slot(Kind.POLICY, defaults=("sft", "base"))},
     workload="stages.dpo.memory:workload",
+    distributed=True,
     trainer_config="trl.trainer.dpo_config:DPOConfig",
 )

@@ -50,7 +50,7 @@ class Config(TrainingSettings):
 
 SPEC = StageSpec(
     kind="reward",
-    version=2,
+    version=3,
     summary="reward model from preference pairs",
     config=Config,
     output=Kind.REWARD,
@@ -58,5 +58,6 @@ SPEC = StageSpec(
     data=Role.PREFERENCES,
     inputs={"policy": Slot(Kind.POLICY, defaults=("sft", "base"))},
     workload="stages.reward.memory:workload",
+    distributed=True,
     trainer_config="trl.trainer.reward_config:RewardConfig",
 )

@@ -38,5 +38,6 @@ SPEC = StageSpec(
     data=Role.DEMONSTRATIONS,
     inputs={"policy": Slot(Kind.POLICY, defaults=("base",))},
     workload="stages.sft.memory:workload",
+    distributed=True,
     trainer_config="trl.trainer.sft_config:SFTConfig",
 )

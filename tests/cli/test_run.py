@@ -148,10 +148,48 @@ def test_a_dry_run_prints_the_commands_and_writes_nothing(here: Path) -> None:
     assert sorted(here.rglob("*")) == before
 
 
-def test_what_follows_two_dashes_goes_to_the_launcher(here: Path) -> None:
-    out, _ = align(here, "run", "base", "--dry-run", "--", "--num_processes", "2", "--config_file", "z.yaml")
-    launched = "-m accelerate.commands.launch --num_processes 2 --config_file z.yaml -m align.worker"
-    assert launched in out
+def test_several_processes_go_through_a_launcher(here: Path) -> None:
+    """`base` makes a small model from nothing, in one process whatever the recipe says."""
+    out, _ = align(here, "run", "sft", "--dry-run", "launch.processes=2", "--run", "two")
+    commands = [line for line in out.splitlines() if "align.worker" in line]
+    assert "align.launcher" not in commands[0]
+    runs = here.resolve() / "runs" / "two"
+    assert f"-m align.launcher --config_file {runs}/launch/sft.yaml -m align.worker {runs}/sft/" in commands[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ppo", "launch.processes=2"], "ppo: ppo trains in one process in this version, and `launch` asks for more"),
+        (["sft", "sft.launch.processes=3"], "sft.batch_size: batch_size 32 cannot be divided among 3 processes"),
+        (["sft", "sft.launch={processes: 8, config: a.yaml}"], "config says how many processes there are"),
+        (["sft", "sft.launch.config=a.yaml"], "launch.config: not a readable accelerate config"),
+        (["sft", "nodes.count=2"], "nodes.address: required for 2 machines"),
+        (["sft", "launch.processes=2", "launch.strategy=zero3-nvme"], "/local_nvme: no such folder to move weights to"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused_before_anything_starts(here: Path, arguments, message) -> None:
+    _, err = align(here, "plan", *arguments, code=2)
+    assert message in err
+
+
+def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused_by_key(here: Path) -> None:
+    """All of it at once; what is "auto" is no contradiction."""
+    content = {
+        "zero_optimization": {"stage": 2},
+        "gradient_clipping": 0.5,
+        "train_micro_batch_size_per_gpu": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": "auto"},
+    }
+    (here / "zero.json").write_text(json.dumps(content))
+    config = "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {deepspeed_config_file: zero.json}\n"
+    (here / "accelerate.yaml").write_text(config)
+    _, err = align(here, "plan", "sft", "sft.launch.config=accelerate.yaml", code=2)
+    for key, setting in {"gradient_clipping": "optim.max_grad_norm", "optimizer": "optim", "bf16": "precision"}.items():
+        assert f"zero.json: {key}: the recipe says this (remove it and set `{setting}` of the stage)" in err
+    assert "micro" not in err and "fp16" not in err
 
 
 def test_dpo_from_a_model_and_a_file_needs_no_recipe(here: Path) -> None:

@@ -145,21 +145,3 @@ def test_python_without_asserts_is_refused(toy: Toy) -> None:
 def test_a_world_of_another_size_than_asked_for_is_refused(toy: Toy) -> None:
     shown = toy.align("run", "base", code=72, ALIGN_WORLD_SIZE="2")
     assert "2 processes were asked for and 1 started" in shown
-
-
-def test_a_launcher_does_not_hide_the_exit_code(toy: Toy) -> None:
-    arguments = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
-    launcher = ["--", *arguments, "--dynamo_backend", "no"]
-    shown = toy.align("run", "base", "--run", "failing", "base.fail=numeric", *launcher, code=70)
-    assert "base failed with exit code 70" in shown
-
-    process = toy.start("run", "base", *toy.hold("base-step-2"), *launcher)
-    toy.wait_for("base-step-2")
-    process.send_signal(signal.SIGTERM)
-    toy.wait_for("base-signal")
-    toy.release("base-step-2")
-    code, shown = finish(process)
-    assert code == 75, shown
-    assert toy.actions("base") == {"base": "resume"}
-    toy.align("run", "base", *launcher)
-    assert (toy.directory("base") / "record.json").exists()

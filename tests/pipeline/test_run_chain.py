@@ -176,12 +176,12 @@ def test_the_summary_keeps_stages_of_earlier_commands_that_still_agree(toy: Toy)
 
 def test_dry_run_and_plan_touch_nothing(toy: Toy) -> None:
     before = sorted(toy.folder.rglob("*"))
-    shown = toy.align("run", "sft", "--dry-run", "--", "--num_processes", "2")
+    shown = toy.align("run", "sft", "--dry-run", "launch.processes=2")
     toy.align("plan", "sft")
     assert sorted(toy.folder.rglob("*")) == before
     commands = [line for line in shown.splitlines() if "align.worker" in line]
     assert len(commands) == 2
-    assert "-m accelerate.commands.launch --num_processes 2 -m align.worker" in commands[0]
+    assert f"-m align.launcher --config_file {toy.run_dir}/launch/base.yaml -m align.worker" in commands[0]
 
 
 def test_wrong_data_of_all_stages_is_told_before_anything_starts(toy: Toy) -> None:

@@ -37,10 +37,11 @@ class Toy:
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """Starts `align` with the toy kinds."""
+        paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(
             [sys.executable, "-m", "toy_stages", *arguments],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(HERE), "COLUMNS": "200", **environment},
+            env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -87,10 +88,18 @@ class Toy:
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                if b"align.worker" in (words := path.read_bytes()) and str(self.run_dir).encode() in words:
+                words = path.read_bytes()
+                is_worker = b"align.worker" in words and b"align.launcher" not in words
+                if is_worker and str(self.run_dir).encode() in words:
                     found.append(int(path.parent.name))
             except OSError:
                 continue
+        return found
+
+    def process(self, rank: int) -> int:
+        """The worker with this number, of several."""
+        mark = f"\0RANK={rank}\0".encode()
+        (found,) = (pid for pid in self.workers() if mark in Path(f"/proc/{pid}/environ").read_bytes())
         return found
 
     def lines(self, stage: str) -> list[dict[str, Any]]:

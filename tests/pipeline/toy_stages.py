@@ -43,6 +43,8 @@ class Config(Settings):
     """Folder of files through which a test holds the stage at a point; see `reach`."""
     fail: Literal["numeric", "bug", "disk", "kill", "nan"] | None = execution(None)
     """How to end instead of well."""
+    failing: int = execution(0)
+    """Which process does."""
 
 
 class BaseConfig(Config):
@@ -89,7 +91,8 @@ class PpoConfig(SftConfig):
 
 def _spec(config: type[Settings], output: Kind, **inputs: Slot) -> StageSpec:
     kind = config.model_fields["kind"].default
-    return StageSpec(kind, 1, f"toy {kind}", config, output, "toy_stages:run", Role.PREFERENCES, inputs)
+    arguments = (kind, 1, f"toy {kind}", config, output, "toy_stages:run", Role.PREFERENCES, inputs)
+    return StageSpec(*arguments, distributed=kind != "ppo")
 
 
 SPECS = {
@@ -109,16 +112,21 @@ SPECS = {
 def run(config: Config, context: Context) -> StageResult:
     """Steps with checkpoints, then weights that are a hash of all that matters, then the commit."""
     reach(config, context, "started")
-    sweep(context.checkpoints)
+    if context.is_main:
+        sweep(context.checkpoints)
     done = max((int(path.name[5:]) for path in context.checkpoints.glob("step-*")), default=0)
+    _any_of(False, context)  # all have looked before the first one writes
     for step in range(done + 1, config.steps + 1):
         context.metrics.write(step, resumed_from=done)
-        with committed_folder(context.checkpoints / f"step-{step}") as folder:
-            (folder / "state").write_text(str(step))
+        if context.is_main:
+            with committed_folder(context.checkpoints / f"step-{step}") as folder:
+                (folder / "state").write_text(str(step))
         reach(config, context, f"step-{step}")
-        if context.stop.is_set:
+        if _any_of(context.stop.is_set, context):
             context.stop_here(step)
     _maybe_fail(config)
+    if not context.is_main:
+        return StageResult({}, {})
     text = json.dumps([config.lr, config.steps, context.job.seed, _weights(context)])
     is_reward = context.job.kind == "reward"
     with context.commit_model() as folder:
@@ -130,6 +138,15 @@ def run(config: Config, context: Context) -> StageResult:
     score = float("nan") if config.fail == "nan" else 0.5
     metrics = {"accuracy": score} if is_reward else {"gold": score, "gold_ci95": [0.4, 0.6], "kl": 1.5}
     return StageResult(metrics, {"largest_difference": 0.0})
+
+
+def _any_of(flag: bool, context: Context) -> bool:
+    """Whether it is true in any process."""
+    if context.processes == 1:
+        return flag
+    from align import ranks  # loads torch
+
+    return ranks.any_of(flag)
 
 
 def _weights(context: Context) -> list[str]:
@@ -153,6 +170,8 @@ def reach(config: Config, context: Context, point: str) -> None:
 
 
 def _maybe_fail(config: Config) -> None:
+    if int(os.environ.get("RANK", "0")) != config.failing:
+        return
     if config.fail == "numeric":
         raise NumericError("toy: the loss is [red]nan[/red] at step 3")
     if config.fail == "bug":

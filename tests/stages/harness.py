@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from align import ranks
 from align.context import Context, StopFlag
 from align.job import Input, Job, StageResult
 from align.metrics import MetricsLog
@@ -74,7 +75,7 @@ class Run:
             track=[],
             identity={},
         )
-        return Context(job, StopFlag())
+        return Context(job, StopFlag(), process=ranks.rank(), processes=ranks.size())
 
     def __call__(self, at_step: Callable[[Context, int], None] | None = None) -> StageResult:
         """Runs the stage; `at_step` is called when the metrics of a step are written."""
@@ -105,7 +106,7 @@ class Watched(MetricsLog):
     """metrics.jsonl with a person beside it who may press Ctrl-C at a step."""
 
     def __init__(self, context: Context, at_step: Callable[[Context, int], None]):
-        super().__init__(context.metrics.path)
+        super().__init__(context.metrics.path, writes=context.metrics.writes)
         self.context, self.at_step = context, at_step
 
     def write(self, step: int, **values: Any) -> None:

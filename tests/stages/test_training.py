@@ -95,7 +95,7 @@ def test_a_non_finite_number_stops_before_it_reaches_the_weights(new_run, tmp_pa
         model.model.norm.register_forward_hook(lambda _module, _inputs, output: at_step_3(output, float("nan")))
     else:
         model.model.norm.weight.register_hook(lambda gradient: at_step_3(gradient, float("inf")))
-    with pytest.raises(NumericError, match=rf"sft: the {broken} is (nan|inf) at step 3; nothing was updated") as caught:
+    with pytest.raises(NumericError, match=rf"sft: the {broken} is (nan|inf) at step 3; nothing was saved") as caught:
         run_training(trainer, context, keep_checkpoints=2, shown={})
     assert caught.value.exit_code == 70
     assert torch.equal(model.model.norm.weight, after_step[2])

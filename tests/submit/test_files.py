@@ -99,7 +99,10 @@ def submission(target: TargetName, settings: dict[str, Any], project: str = "/sh
         folder=Path(f"{runs}/submit/20260102-030405-{target}"),
         here=Path(project),
         arguments=["dpo", "ppo", "-c", "align.yaml", "--run", "demo", "--runs", "runs", "ppo.kl.coef=0.1"],
-        jobs=[StageJob(name, needs, f"{runs}/{name}/12345678", asked.of(name)) for name, needs in after.items()],
+        jobs=[
+            StageJob(name, needs, f"{runs}/{name}/12345678", asked.of(name), None if name in {"base", "ppo"} else "ddp")
+            for name, needs in after.items()
+        ],
         settings=asked,
     )
 
@@ -161,17 +164,18 @@ def test_what_is_substituted_arrives_as_it_is(tmp_path: Path) -> None:
 
 
 def test_several_machines_get_one_launcher_each_that_knows_its_rank() -> None:
-    """2 nodes with 8 processes each are 16 in all; one node alone needs no rank."""
-    made = files(TargetName.SLURM, COMMON | PPO_ON_TWO)
-    words = shlex.split(made["ppo.sh"].splitlines()[-1])
-    launcher = words[words.index("--") + 1 :]
-    assert launcher == [
-        *("--num_machines", "2", "--num_processes", "16", "--machine_rank", "$NODE_RANK"),
-        *("--main_process_ip", "$MASTER_ADDR", "--main_process_port", "$MASTER_PORT", "--same_network"),
+    """2 nodes with 8 processes each are 16 in all; one node alone needs no rank, and a stage that trains in one process
+    gets no more."""
+    made = files(TargetName.SLURM, COMMON | {"stages": {"sft": {"nodes": 2}}})
+    words = shlex.split(made["sft.sh"].splitlines()[-1])
+    assert words[words.index("--only") + 1 :] == [
+        "sft",
+        *("nodes.count=2", "nodes.rank=$NODE_RANK", "nodes.address=$MASTER_ADDR", "nodes.port=$MASTER_PORT"),
     ]
-    assert 'export NODE_RANK="$SLURM_NODEID"' in made["ppo.sh"]
-    assert "--machine_rank" not in made["sft.sh"]
-    assert "--" not in shlex.split(files(TargetName.SLURM, {"gpus": 1})["sft.sh"].splitlines()[-1])
+    assert {"sft.launch.processes=16", "sft.launch.strategy=ddp"} < set(words)
+    assert 'export NODE_RANK="$SLURM_NODEID"' in made["sft.sh"]
+    assert "reward.launch.processes=8" in made["reward.sh"] and "nodes.rank" not in made["reward.sh"]
+    assert "launch" not in made["ppo.sh"].splitlines()[-1]
 
 
 def test_the_first_machine_of_skypilot_is_the_meeting_point() -> None:

@@ -75,13 +75,15 @@ class Known:
     evaluation: Mapping[str, Any]
     workload: str
     """Name of the function that says what the stage does with memory."""
+    launch: Mapping[str, Any] | None = None
+    """How its processes are started; None: it has one."""
 
     def estimate(
         self, device: Device = CPU, *, config: Any = None, strategy: str | None = None, processes: int | None = None
     ) -> Estimate:
         """With other settings, strategy or number of processes than its own, if given."""
         config = self.config if config is None else config
-        own_processes, own_strategy = chosen(config)
+        own_processes, own_strategy = chosen(self.launch)
         strategy, processes = strategy or own_strategy, processes or own_processes
         work: Workload = named(self.workload)(config, self.inputs, self.lengths, processes, self.evaluation)
         compute = _compute(config, device)
@@ -175,7 +177,9 @@ class Estimator:
         if len(shapes) < len(counted):
             return "the library cannot build this model from its config alone"
         lengths = self._lengths(node, job)
-        return Known(job.stage, node.config, job.inputs, shapes, lengths, job.evaluation, node.spec.workload)
+        return Known(
+            job.stage, node.config, job.inputs, shapes, lengths, job.evaluation, node.spec.workload, job.launch
+        )
 
     def _config(self, value: Input) -> dict[str, Any] | None:
         """The config.json of an input. Made by a stage of this plan, it is that of what the stage starts from."""

@@ -53,9 +53,12 @@ STRATEGIES: dict[str, Strategy] = {
 """By the name that a recipe and a table call it."""
 
 
-def chosen(config: Any) -> tuple[int, str]:
-    """Processes of a stage and the name of its strategy, from its settings."""
-    return 1, "one"
+def chosen(launch: Mapping[str, Any] | None) -> tuple[int, str]:
+    """Processes of a stage and the name of its strategy, from how it is launched (align.job.Job). With an accelerate
+    config of the user's own: of one process."""
+    if launch is None or launch["config"] is not None or (launch["processes"] == 1 and launch["strategy"] == "ddp"):
+        return 1, "one"
+    return launch["processes"], launch["strategy"]
 
 
 @dataclass(frozen=True)

@@ -6,4 +6,4 @@ export NOTE='it'"'"'s $HOME'
 module load cuda
 source .venv/bin/activate
 # exec, so that the signal to save reaches it
-exec python3 -m align run dpo ppo -c align.yaml --run demo --runs runs ppo.kl.coef=0.1 -- --num_machines 1 --num_processes 8
+exec python3 -m align run dpo ppo -c align.yaml --run demo --runs runs ppo.kl.coef=0.1 sft.launch.processes=8 sft.launch.strategy=ddp reward.launch.processes=8 reward.launch.strategy=ddp dpo.launch.processes=8 dpo.launch.strategy=ddp

@@ -7,4 +7,4 @@ module load cuda
 source .venv/bin/activate
 export NODE_RANK="$SLURM_NODEID"
 # exec, so that the signal to save reaches it
-exec python3 -m align run dpo ppo -c align.yaml --run demo --runs runs ppo.kl.coef=0.1 --only ppo -- --num_machines 2 --num_processes 16 --machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" --same_network
+exec python3 -m align run dpo ppo -c align.yaml --run demo --runs runs ppo.kl.coef=0.1 --only ppo nodes.count=2 nodes.rank="$NODE_RANK" nodes.address="$MASTER_ADDR" nodes.port="$MASTER_PORT"

@@ -1,0 +1,166 @@
+"""How the processes of a stage are started: directly for one, through `accelerate launch` for more."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.errors import ConfigError, Problem
+from align.pipeline.graph import Node, wanted_launch
+from align.recipe.load import Recipe
+from align.recipe.recipe_settings import RecipeSettings
+from align.recipe.settings import LaunchSettings, NodesSettings, TrainingSettings
+from align.recipe.shipped import shipped_folder
+from align.recipe.zero import nvme_folders, read_zero
+from align.records import write_text
+
+FOLDER = "launch"
+"""In a run's folder: the accelerate config that each stage was started with, one for each machine."""
+
+MACHINES_WAIT_S = 3600
+"""Seconds that a machine waits for another one at the start of a stage: until that one has done what it does alone."""
+_PRECISION = {"bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes of one stage."""
+
+    processes: int = 1
+    """In all, over all machines."""
+    accelerate: dict[str, Any] | None = None
+    """Content of the accelerate config; None: one process, started directly."""
+
+    def prepare(self, directory: Path) -> list[str]:
+        """Writes what the launcher of a stage's folder needs, and returns the command line."""
+        if self.accelerate is not None:
+            write_text(self._file(directory), yaml.safe_dump(self.accelerate, sort_keys=False))
+        return self.command(directory)
+
+    def command(self, directory: Path) -> list[str]:
+        """The command line that starts the stage of a folder."""
+        worker = ["-m", "align.worker", str(directory)]
+        if self.accelerate is None:
+            return [sys.executable, *worker]
+        arguments = ["--config_file", str(self._file(directory))]
+        if self.accelerate["num_machines"] > 1:
+            arguments += ["--rdzv_conf", f"timeout={MACHINES_WAIT_S}"]  # the config has no place for it
+        return [sys.executable, "-m", "align.launcher", *arguments, *worker]
+
+    def _file(self, directory: Path) -> Path:
+        machine = (self.accelerate or {}).get("machine_rank", 0)
+        stage = directory.parent.name
+        return directory.parents[1] / FOLDER / (f"{stage}-{machine}.yaml" if machine else f"{stage}.yaml")
+
+
+def stage_launch(node: Node, recipe: Recipe) -> Launch:
+    """How a stage is launched. Raises ConfigError when it cannot be so."""
+    wanted = wanted_launch(node, recipe.settings)
+    if not node.spec.distributed or wanted.is_direct:
+        return Launch()
+    # A port for each stage: else a machine that is done with one stage would meet those that still end it.
+    place, nodes = list(recipe.stages).index(node.name), recipe.settings.nodes
+    nodes = nodes.model_copy(update={"port": nodes.port + place})
+    config = _own(nodes, wanted) if wanted.config is None else _given(nodes, Path(wanted.config))
+    return Launch(config["num_processes"], config)
+
+
+def check_launches(nodes: Sequence[Node], recipe: Recipe) -> None:
+    """Raises ConfigError with all stages that cannot be launched as the recipe says."""
+    problems = []
+    for node in nodes:
+        try:
+            problems += _problems(node, recipe.settings, stage_launch(node, recipe))
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _problems(node: Node, settings: RecipeSettings, launch: Launch) -> Iterator[Problem]:
+    # A stage that makes a model from nothing is small: one process whatever the recipe says.
+    if not node.spec.distributed and node.spec.inputs and not settings.launch.is_direct:
+        what = f"{node.spec.kind} trains in one process in this version, and `launch` asks for more"
+        yield Problem(node.name, what, "move `launch` into the stages that can: sft, reward, dpo")
+    if isinstance(node.config, TrainingSettings):
+        try:
+            node.config.micro_batches(launch.processes)
+        except ValueError as error:
+            yield Problem(f"{node.name}.batch_size", str(error), "change it, micro_batch_size or launch.processes")
+    if settings.nodes.count > 1 and launch.processes % settings.nodes.count:
+        what = f"{launch.processes} cannot be divided among {settings.nodes.count} machines"
+        yield Problem(f"{node.name}: launch.processes", what)
+    if launch.accelerate is not None:
+        yield from _config_problems(node, launch.accelerate)
+
+
+def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
+    said = _PRECISION.get(str(config.get("mixed_precision")), config.get("mixed_precision"))
+    if said not in {None, False, "no", getattr(node.config, "precision", None)}:  # YAML reads `no` as false
+        hint = f"remove it and set `{node.name}.precision`"
+        yield Problem(f"{node.name}: mixed_precision", "the recipe says this", hint)
+    if config.get("distributed_type") != "DEEPSPEED":
+        return
+    try:
+        version("deepspeed")  # the folder `deepspeed/` would be found as a package of this name
+    except PackageNotFoundError:
+        yield Problem(f"{node.name}.launch", "DeepSpeed is not installed", "pip install 'align-rlhf[deepspeed]'")
+    own = config.get("deepspeed_config") or {}
+    for key in ("gradient_accumulation_steps", "gradient_clipping"):
+        if own.get(key, "auto") != "auto":
+            yield Problem(f"{node.name}: deepspeed_config.{key}", "the recipe says this", "remove it")
+    if "deepspeed_config_file" in own:
+        content = read_zero(Path(own["deepspeed_config_file"]))
+        for folder in nvme_folders(content):
+            if not Path(folder).is_dir():
+                hint = "mount a disk there, or name a copy of the file in an accelerate config: `launch.config`"
+                yield Problem(f"{node.name}.launch", f"{folder}: no such folder to move weights to", hint)
+
+
+def _own(nodes: NodesSettings, launch: LaunchSettings) -> dict[str, Any]:
+    """The accelerate config for `processes` and `strategy`."""
+    config: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU",  # also where there are only CPUs: MULTI_CPU wants MPI
+        "num_processes": launch.processes,
+    }
+    if launch.strategy != "ddp":
+        file = shipped_folder("deepspeed") / f"{launch.strategy.replace('-', '_')}.json"
+        config["distributed_type"] = "DEEPSPEED"
+        config["deepspeed_config"] = {"deepspeed_config_file": str(file), "zero3_init_flag": False}
+    return _placed(config, nodes)
+
+
+def _given(nodes: NodesSettings, path: Path) -> dict[str, Any]:
+    """The user's accelerate config, its paths absolute."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(Problem("launch.config", f"not a readable accelerate config: {error}")) from error
+    if not isinstance(config, dict) or not isinstance(config.get("num_processes"), int):
+        raise ConfigError(Problem("launch.config", f"{path} does not say `num_processes`"))
+    own = config.get("deepspeed_config") or {}
+    if "deepspeed_config_file" in own:
+        own["deepspeed_config_file"] = str(path.parent / own["deepspeed_config_file"])
+    return _placed(config, nodes)
+
+
+def _placed(config: dict[str, Any], nodes: NodesSettings) -> dict[str, Any]:
+    if nodes.count == 1:
+        return {"num_machines": 1, "machine_rank": 0, "main_process_port": 0, **config}
+    if "deepspeed_config" in config:
+        config["deepspeed_config"].setdefault("deepspeed_multinode_launcher", "standard")
+    return config | {
+        "num_machines": nodes.count,
+        "machine_rank": nodes.rank,
+        "main_process_ip": nodes.address,
+        "main_process_port": nodes.port,
+        "rdzv_backend": "static",
+        "same_network": True,
+    }

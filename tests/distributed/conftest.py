@@ -1,0 +1,102 @@
+"""Two processes that run all cases in turn, once; and what one process makes of the same settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.job import Input
+from tests.models.tiny import new_opened, save_policy
+from tests.stages.harness import KINDS, LORA, Run, write_data
+
+ROOT = Path(__file__).parents[2]
+STRATEGIES = ("ddp", "zero2", "zero3")
+FULL = [(kind, strategy, False) for strategy in STRATEGIES for kind in KINDS]
+ADAPTED = [(kind, strategy, True) for strategy in ("ddp", "zero3") for kind in KINDS]
+CASES = FULL + ADAPTED
+STOPPED = [("sft", "ddp"), ("dpo", "zero3")]
+
+
+def case_name(kind: str, strategy: str, lora: bool) -> str:
+    return f"{kind}-{strategy}-{'lora' if lora else 'full'}"
+
+
+def environment() -> dict[str, str]:
+    """Of processes that tests start."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+class World:
+    """Runs of one and of two processes in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.policy: Input = save_policy(new_opened(), folder / "base" / "model")
+        self.files = write_data(folder)
+
+    def settings(self, kind: str, lora: bool = False, **changes: Any) -> dict[str, Any]:
+        data = {"path": self.files[kind], "held_out": 0.2}
+        return {**KINDS[kind], "data": data, **(LORA if lora else {}), **changes}
+
+    def one(self, kind: str, lora: bool = False) -> Run:
+        """A finished run of one process, made on first use."""
+        run = Run(kind, self.folder / f"one-{kind}-{lora}", self.policy, self.settings(kind, lora))
+        if not run.model.exists():
+            run()
+        return run
+
+    def two(self, name: str) -> Run:
+        """A run of two processes by its name."""
+        return Run(name.split("-")[0], self.folder / name, self.policy, {})
+
+    def told(self, name: str, process: int) -> dict[str, Any]:
+        """What a process had to say of a case."""
+        return json.loads((self.folder / name / f"process-{process}.json").read_text())
+
+    def start(self, cases: list[dict[str, Any]]) -> None:
+        """Two processes that run these cases in turn."""
+        (self.folder / "cases.json").write_text(json.dumps({"policy": asdict(self.policy), "cases": cases}))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        script = Path(__file__).with_name("process.py")
+        done = subprocess.run(
+            [*launch, str(script), str(self.folder)],
+            env=environment(),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Every case of two processes, finished. Read only."""
+    world = World(tmp_path_factory.mktemp("world"))
+    cases = [
+        {
+            "name": case_name(kind, strategy, lora),
+            "kind": kind,
+            "strategy": strategy,
+            "settings": world.settings(kind, lora),
+        }
+        for kind, strategy, lora in CASES
+    ]
+    for kind, strategy in STOPPED:
+        stopped = {"name": f"{kind}-{strategy}-stopped", "kind": kind, "strategy": strategy}
+        stopped["settings"] = world.settings(kind)
+        cases += [{**stopped, "stop": 3, "log": "stopped"}, {**stopped, "log": "resumed"}]
+    micro = world.settings("reward", micro_batch_size=1)
+    cases.append({"name": "reward-ddp-micro", "kind": "reward", "strategy": "ddp", "settings": micro})
+    sampled = world.settings("sft", samples_every=2)
+    cases.append({"name": "sft-zero3-sampled", "kind": "sft", "strategy": "zero3", "settings": sampled})
+    world.start(cases)
+    return world

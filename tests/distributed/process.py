@@ -1,0 +1,73 @@
+"""One process of those that run stages together: `torchrun process.py FOLDER`. Started by conftest.py.
+
+FOLDER/cases.json says what to run, in order: a name, a kind of stage, a strategy, settings, and perhaps a step at which
+the last process, and only that one, gets a signal. Each process leaves what it has to say beside the stage's files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align import ranks
+from align.errors import AlignError
+from align.job import Input
+from align.recipe.shipped import shipped_folder
+from tests.stages.harness import Run
+
+torch.set_num_threads(1)
+
+
+def use(strategy: str) -> None:
+    """What `accelerate launch` puts into the environment for a strategy."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(strategy != "ddp").lower()
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(shipped_folder("deepspeed") / f"{strategy}.json")
+
+
+def run_case(folder: Path, policy: Input, case: dict[str, Any]) -> dict[str, Any]:
+    """What this process has to say of a case."""
+    use(case["strategy"])
+    run = Run(case["kind"], folder / case["name"], policy, case["settings"])
+    told: dict[str, Any] = {"processes": ranks.size()}
+    signalled = ranks.rank() == ranks.size() - 1 and "stop" in case
+    try:
+        result = run(signal_at(case["stop"]) if signalled else None)
+        told |= {"metrics": result.metrics, "handover": result.handover}
+    except AlignError as error:
+        told["error"] = str(error)
+    return told
+
+
+def signal_at(step: int) -> Any:
+    """What stands beside the metrics of a process and sends it SIGTERM at a step."""
+
+    def at_step(context: Any, now: int) -> None:
+        context.stop.install()
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return at_step
+
+
+def main(folder: Path) -> None:
+    """Runs all cases."""
+    use("zero2")
+    ranks.join(120)
+    asked = json.loads((folder / "cases.json").read_text())
+    policy = Input(**asked["policy"])
+    for case in asked["cases"]:
+        (folder / case["name"]).mkdir(exist_ok=True)
+        told = run_case(folder, policy, case)
+        log = case.get("log", "process")
+        (folder / case["name"] / f"{log}-{ranks.rank()}.json").write_text(json.dumps(told))
+        ranks.wait()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
