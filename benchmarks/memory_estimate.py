@@ -70,7 +70,7 @@ Python and its libraries: measured in this environment, {process:.0f} MiB in eve
 keeps of blocks below 32 MiB that were freed. That size of *process* and the rule for *heap* were found by measuring sft
 and dpo of this table; all other parts follow from the recipe alone.
 
-Not measured: GPUs, several processes, DeepSpeed and FSDP. Their figures are the same formulas
+Not measured: GPUs, several processes, DeepSpeed. Their figures are the same formulas
 (`align/pipeline/estimate/`) with other bytes per number.
 """
 

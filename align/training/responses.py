@@ -110,7 +110,7 @@ def warn_of_displacement(stage: str, answers: str, log_ratio: float | None) -> N
         )
 
 
-class _Responses(DPOTrainer):
+class ResponseLoss(DPOTrainer):
     """What TRL's trainer does otherwise; see ResponseTrainer."""
 
     loss_is_scaled_for_ga = True
@@ -261,5 +261,5 @@ class _Responses(DPOTrainer):
         return torch.cat(parts).cpu()
 
 
-class ResponseTrainer(CommittedTrainer, _Responses):
+class ResponseTrainer(CommittedTrainer, ResponseLoss):
     """Trains on `row_losses`, which a stage defines. Rows have `prompt_ids` and two responses."""

@@ -25,7 +25,7 @@ def here(tmp_path, monkeypatch) -> None:
         ("grpo.kl.estimator=", ["grpo.kl.estimator=k1", "grpo.kl.estimator=k2"]),
         ("ppo.reward", ["ppo.reward="]),
         ("ppo.optim.e", ["ppo.optim.eps="]),
-        ("evaluation.g", ["evaluation.gold="]),
+        ("evaluation.go", ["evaluation.gold="]),
         ("ppo.precision=", ["ppo.precision=auto", "ppo.precision=float32", "ppo.precision=bfloat16"]),
         ("ppo.whiten_advantages=t", ["ppo.whiten_advantages=true"]),
         ("ppo.rollouts=", []),

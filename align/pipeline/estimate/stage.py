@@ -20,7 +20,7 @@ from align.recipe.settings import LoraSettings, TrainingSettings
 from align.recipe.spec import named
 
 METHODS = ("full", "lora", "qlora")
-WITHOUT_NF4 = ("zero3", "zero3-offload", "zero3-nvme", "fsdp")
+WITHOUT_NF4 = ("zero3", "zero3-offload", "zero3-nvme")
 """Strategies that divide weights, which 4-bit ones cannot be."""
 
 

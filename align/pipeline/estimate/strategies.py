@@ -3,7 +3,7 @@
 A trained number costs its weight, its gradient and AdamW's two moments. In bfloat16 DeepSpeed keeps weights and
 gradients in 2 bytes each and a float32 weight with the moments, K = 12 bytes (Rajbhandari et al. 2020, ZeRO, section
 3.1); torch's autocast keeps everything in float32 and makes 2-byte copies of the weights for each pass. N processes
-divide the moments (stage 1), the gradients too (2), the weights too (3; FSDP: Zhao et al. 2023). Offloaded states are
+divide the moments (stage 1), the gradients too (2), the weights too (3). Offloaded states are
 in the machine's main memory (Ren et al. 2021, ZeRO-Offload) or on its disk (Rajbhandari et al. 2021, ZeRO-Infinity).
 """
 
@@ -26,7 +26,7 @@ class Strategy:
     """Which states are divided by the number of processes, and where they are."""
 
     engine: str = "torch"
-    """torch, deepspeed or fsdp."""
+    """torch or deepspeed."""
     divides: frozenset[str] = frozenset()
     """Of: optimiser, gradients, weights."""
     offloads: Mapping[str, str] = field(default_factory=dict)
@@ -48,7 +48,6 @@ STRATEGIES: dict[str, Strategy] = {
     "zero2-offload": Strategy("deepspeed", _BOTH, _HOST),
     "zero3-offload": Strategy("deepspeed", _ALL, {**_HOST, "weights": "host"}),
     "zero3-nvme": Strategy("deepspeed", _ALL, dict.fromkeys(("optimiser", "weights"), "disk") | {"gradients": "host"}),
-    "fsdp": Strategy("fsdp", _ALL),
 }
 """By the name that a recipe and a table call it."""
 
@@ -105,4 +104,4 @@ def _copies(strategy: Strategy, trained: int, numbers: float, compute: int, larg
     if strategy.engine == "torch":
         return trained * ((compute if compute != 4 else 0) + (4 if strategy.several else 0))
     gathered = 2 * min(largest, numbers) * compute if "weights" in strategy.divides else 0
-    return gathered + (min(BUCKET, trained) * compute if strategy.engine == "deepspeed" else 0)
+    return gathered + min(BUCKET, trained) * compute
