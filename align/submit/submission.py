@@ -37,7 +37,8 @@ class StageJob:
     """Its folder, absolute."""
     resources: Resources
     strategy: str | None = None
-    """How several processes share its work (align.recipe.settings.LaunchSettings); None: it trains in one."""
+    """How several processes share its work (align.recipe.settings.LaunchSettings); None: it trains in one, or the
+    recipe says how many there are."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def make_submission(
                 after[step.job.stage],
                 step.job.directory,
                 settings.of(step.job.stage),
-                step.job.launch["strategy"] if step.job.launch else None,
+                _strategy(step.job.launch),
             )
             for step in plan.steps
             if step.runs
@@ -134,6 +135,11 @@ def write_files(submission: Submission, files: Mapping[str, str]) -> None:
         "settings": submission.settings.model_dump(mode="json"),
     }
     write_json(submission.folder / SUBMISSION, kept)
+
+
+def _strategy(launch: Mapping[str, Any] | None) -> str | None:
+    """Of the processes that a job starts. An accelerate config of the user's own says by itself how many there are."""
+    return None if launch is None or launch["config"] else launch["strategy"]
 
 
 def read_submission(folder: Path) -> Submission:
