@@ -41,6 +41,10 @@ def _launched_with() -> dict[str, Any]:
     return {key: value for key, value in inline.items() if key not in FROM_RECIPE}
 
 
+ONE_PROCESS = {"processes": 1, "zero": 0}
+"""The layout of a checkpoint that names none: of a version that knew no other."""
+
+
 def layout(accelerator: Accelerator) -> dict[str, Any]:
     """Who writes a checkpoint: others cannot read it."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)

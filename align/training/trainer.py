@@ -26,7 +26,7 @@ from align.training.checkpoints import checkpoint_folder, keep_newest, newest_va
 from align.training.division import DividedTrainer, OwnRows
 from align.training.precision import training_dtype
 from align.training.progress import StageProgress
-from align.training.sharding import describe, layout, leave_sharded, sharding_arguments, whole_while
+from align.training.sharding import ONE_PROCESS, describe, layout, leave_sharded, sharding_arguments, whole_while
 
 SAVED_BY_TRAINER = "training_args.bin"
 """A pickle that the trainer writes into every checkpoint; it can hold tokens, and nothing reads it."""
@@ -236,7 +236,7 @@ def _newest_checkpoint(context: Context, layout: dict[str, Any]) -> tuple[int, P
     found = ranks.share(newest_valid(context.checkpoints) if context.is_main else None)
     if found is None:
         return None
-    stage, wrote = context.job.stage, read_manifest(found[1])["layout"]
+    stage, wrote = context.job.stage, read_manifest(found[1]).get("layout", ONE_PROCESS)
     if wrote != layout:
         raise ConfigError(
             f"{stage}: its checkpoint of step {found[0]} was written by {describe(wrote)}, and these are "
