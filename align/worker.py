@@ -29,6 +29,7 @@ from align.context import Context, StopFlag
 from align.errors import AlignError, ConfigError, DistributedError, Problem, WriteError
 from align.job import StageResult
 from align.pipeline.folders import LOG, RECORD, RECORD_SCHEMA, Order, content, read_order, write_failure
+from align.pipeline.graph import wanted_launch
 from align.pipeline.processes import die_with_parent
 from align.pipeline.runner import order_stage
 from align.recipe.load import load_recipe
@@ -105,7 +106,7 @@ def _stage_folder(arguments: list[str]) -> Iterator[Path | None]:
         raise ConfigError(Problem("align.worker", "nothing to run", "give it a stage's folder, or RECIPE STAGE"))
     path, stage, *overrides = arguments  # as `align run -c RECIPE STAGE KEY=VALUE ...`
     recipe = load_recipe(find_recipe(Path(path))[0], overrides=overrides, requested=[stage], specs=load_specs())
-    launch = getattr(recipe.stages[stage].config, "launch", None) or recipe.settings.launch
+    launch = wanted_launch(recipe.stages[stage].config, recipe.settings)
     if launch.processes > 1:
         os.environ.setdefault("ALIGN_WORLD_SIZE", str(launch.processes))
     _world_size()

@@ -82,7 +82,7 @@ def _job(
         track=list(settings.track),
         identity=identity,
         cache=str(run_dir.parent / CACHE),
-        launch=wanted_launch(node, settings).model_dump(mode="json") if node.spec.distributed else None,
+        launch=wanted_launch(node.config, settings).model_dump(mode="json") if node.spec.distributed else None,
     )
 
 

@@ -70,9 +70,9 @@ class Node:
                 yield path, value, role
 
 
-def wanted_launch(node: Node, settings: RecipeSettings) -> LaunchSettings:
-    """What the recipe says of the processes of a stage."""
-    return getattr(node.config, "launch", None) or settings.launch
+def wanted_launch(config: Settings, settings: RecipeSettings) -> LaunchSettings:
+    """What the recipe says of the processes of a stage with this config."""
+    return getattr(config, "launch", None) or settings.launch
 
 
 def build_graph(recipe: Recipe, requested: Sequence[str]) -> list[Node]:

@@ -61,7 +61,7 @@ class Launch:
 
 def stage_launch(node: Node, recipe: Recipe) -> Launch:
     """How a stage is launched. Raises ConfigError when it cannot be so."""
-    wanted = wanted_launch(node, recipe.settings)
+    wanted = wanted_launch(node.config, recipe.settings)
     if not node.spec.distributed or wanted.is_direct:
         return Launch()
     # A port for each stage: else a machine that is done with one stage would meet those that still end it.
