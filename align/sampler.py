@@ -23,7 +23,8 @@ from align.job import Input
 from align.models.load import local_folder
 from align.models.opened import Opened, open_policy, open_reward
 from align.models.roles import causal_role, reward_role
-from align.recipe.settings import DataSettings, EngineSettings, Role
+from align.recipe.data_settings import DataSettings, Role
+from align.recipe.engine_settings import EngineSettings
 from align.records import write_text
 from align.training.parity import NUM_PROBES, ParityGuard
 from align.training.precision import training_dtype

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from align.data.load import load
 from align.data.render import Renderer
 from align.data.tokenizer import tokenizer_of
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 from align.training.rows import TokenRow, demonstration_row, judgement_row, preference_row
 
 SAMPLED = 1000

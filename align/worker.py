@@ -32,8 +32,8 @@ from align.pipeline.folders import LOG, RECORD, RECORD_SCHEMA, Order, content, r
 from align.pipeline.graph import wanted_launch
 from align.pipeline.processes import die_with_parent
 from align.pipeline.runner import order_stage
+from align.recipe.launch_settings import LaunchSettings
 from align.recipe.load import load_recipe
-from align.recipe.settings import LaunchSettings
 from align.recipe.shipped import find_recipe
 from align.recipe.spec import named
 from align.records import read_manifest, remove_folder, write_json

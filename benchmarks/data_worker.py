@@ -24,7 +24,8 @@ def align(pairs: Path, model: Path, folder: Path) -> tuple[dict[str, float], Ite
     from align.data.load import load
     from align.data.tokenizer import renderer_of
     from align.job import Job
-    from align.recipe.settings import DataSettings, Role, TrainingSettings
+    from align.recipe.data_settings import DataSettings, Role
+    from align.recipe.training_settings import TrainingSettings
     from align.training.prepared import prepared
     from align.training.rows import preference_row
 

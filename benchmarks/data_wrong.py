@@ -21,7 +21,7 @@ from trl import DPOConfig, DPOTrainer
 from align.data.load import load
 from align.data.tokenizer import renderer_of
 from align.errors import DataError
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 from align.training.rows import preference_row
 
 USER, ANSWER = {"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Red."}

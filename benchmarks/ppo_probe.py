@@ -19,7 +19,7 @@ from align.generation.engine import Sampling
 from align.generation.transformers_engine import TransformersEngine
 from align.models.load import OFFSET_FIELD
 from align.pipeline.folders import read_order
-from align.recipe.settings import Role
+from align.recipe.data_settings import Role
 from align.training.rows import load_rows
 from stages.ppo.config import Config
 from stages.ppo.models import Models, open_models

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from align.generation.engine import RolloutEngine, Sampling
 from align.generation.open import Sampled, open_engine
 from align.models.roles import causal_role
-from align.recipe.settings import EngineSettings
+from align.recipe.engine_settings import EngineSettings
 from align.training.parity import ParityGuard
 
 CHANGE = 1e-3

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from align.cli.app import app
 from align.errors import ConfigError, DataError, Problem
+from align.recipe.data_settings import ReadSettings, Role
 from align.recipe.load import read_settings
-from align.recipe.settings import ReadSettings, Role
 
 if TYPE_CHECKING:
     from align.data.checking.check import Checked, Order

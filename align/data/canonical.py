@@ -8,7 +8,7 @@ from align.data.faults import LeftOut, RowFault
 from align.data.pairs import pairs
 from align.data.rows import Demonstration, Document, Judgement, Preference, Prompt, Row
 from align.data.shapes import PAIR, Parsed, Shape
-from align.recipe.settings import PairRule, Role
+from align.recipe.data_settings import PairRule, Role
 
 ROW_TYPES: dict[Role, type[Row]] = {
     Role.CORPUS: Document,

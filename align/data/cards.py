@@ -21,8 +21,9 @@ from align.data.licences import licence_fault
 from align.data.load import load
 from align.data.readers import survey
 from align.errors import DataError, Problem
+from align.recipe.data_settings import DataSettings, Role
 from align.recipe.nearest import did_you_mean
-from align.recipe.settings import DataSettings, Role, Settings
+from align.recipe.settings import Settings
 from align.records import sha256_file
 
 WANTED = ("pretty_name", "language", "license", "annotations_creators")

@@ -10,8 +10,8 @@ from align.data.mapping import OUR_NAMES
 from align.data.public import SERVED_BY, SHAPES
 from align.data.readers import RawRow
 from align.data.shapes import Shape
+from align.recipe.data_settings import ReadSettings, Role
 from align.recipe.nearest import did_you_mean
-from align.recipe.settings import ReadSettings, Role
 
 TAKEN_BY = {
     Role.CORPUS: "base takes text",

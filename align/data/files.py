@@ -21,7 +21,7 @@ from align.data.split import digest, prompt_key, text_key
 from align.data.spool import Spool
 from align.data.streams import refuse_change, version
 from align.errors import Problem
-from align.recipe.settings import ReadSettings, Role
+from align.recipe.data_settings import ReadSettings, Role
 
 NOT_TEXT = ("images", "videos", "audios", "tools")
 """Columns that change what a row says: they may be there, but not be filled."""

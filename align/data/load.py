@@ -27,7 +27,7 @@ from align.data.split import Keys, split
 from align.data.spool import Picked, Spool
 from align.data.streams import opened
 from align.errors import DataError, Problem
-from align.recipe.settings import DataSettings, ReadSettings, Role
+from align.recipe.data_settings import DataSettings, ReadSettings, Role
 
 SHOWN = 20
 

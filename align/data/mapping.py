@@ -9,8 +9,8 @@ from align.data.faults import FileFault, escaped, quoted
 from align.data.public import SHAPES
 from align.data.readers import RawRow
 from align.errors import Problem
+from align.recipe.data_settings import ReadSettings
 from align.recipe.nearest import did_you_mean
-from align.recipe.settings import ReadSettings
 
 MESSAGE_KEYS = {"messages.role": "role", "messages.content": "content"}
 """Names in `columns` for the keys of a message, in whatever column."""

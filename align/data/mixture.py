@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Sequence
 from fractions import Fraction
 
-from align.recipe.settings import SourceSettings
+from align.recipe.data_settings import SourceSettings
 
 
 def counts(available: Sequence[int], parts: Sequence[SourceSettings]) -> list[int]:

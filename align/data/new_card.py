@@ -12,7 +12,7 @@ from align.data.cards import HEADINGS, TODO, measured, size_category
 from align.data.checking.check import Order, check
 from align.data.checking.findings import Finding
 from align.errors import ConfigError, DataError, Problem
-from align.recipe.settings import Role
+from align.recipe.data_settings import Role
 from align.records import write_text
 
 STAGES = {

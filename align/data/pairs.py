@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from align.recipe.settings import PairRule
+from align.recipe.data_settings import PairRule
 
 Pair = tuple[int, int]
 """Two positions in a list of answers; in a pair that is no tie, the better answer is first."""

@@ -34,7 +34,7 @@ from align.data.shapes import (
     scored,
 )
 from align.data.trees import best_thread, checked_message, ranked_answers
-from align.recipe.settings import Role
+from align.recipe.data_settings import Role
 
 HELPSTEER_SCORES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 ULTRAFEEDBACK_ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")

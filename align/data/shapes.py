@@ -24,7 +24,7 @@ from align.data.messages import (
 from align.data.readers import Cell, RawRow
 from align.data.rows import Message
 from align.data.split import prompt_key, text_key
-from align.recipe.settings import Role
+from align.recipe.data_settings import Role
 
 
 @dataclass(frozen=True)

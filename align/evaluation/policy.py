@@ -15,7 +15,7 @@ from align.evaluation.likelihood import response_logprob_sums
 from align.evaluation.statistics import mean_interval, share_interval
 from align.generation.engine import RolloutEngine, Samples, Sampling
 from align.models.roles import Role
-from align.recipe.settings import EvaluationSettings
+from align.recipe.engine_settings import EvaluationSettings
 
 GoldScorer = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 RewardScorer = Callable[[Sequence[Sequence[Message]], Sequence[list[int]], Samples], torch.Tensor]

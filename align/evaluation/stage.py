@@ -21,7 +21,8 @@ from align.generation.engine import RolloutEngine
 from align.generation.open import Sampled, open_engine
 from align.generation.transformers_engine import TransformersEngine
 from align.models import roles
-from align.recipe.settings import EvaluationSettings, Role
+from align.recipe.data_settings import Role
+from align.recipe.engine_settings import EvaluationSettings
 from align.training.parity import NUM_PROBES, ParityGuard
 
 FINAL = "final"

@@ -16,7 +16,7 @@ from align.generation.restarting import RestartingEngine
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.watchdog import Watchdog
 from align.generation.weights import effective_weights, gathered
-from align.recipe.settings import EngineSettings
+from align.recipe.engine_settings import EngineSettings
 
 
 @dataclass(frozen=True)

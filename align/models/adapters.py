@@ -30,7 +30,7 @@ from align.models.lora import add_lora, without_wrapper
 from align.models.reward import score_sequences
 from align.models.roles import Role, causal_role, score
 from align.models.value import ValueHead
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 
 ACTOR = "default"
 """peft's name for a single adapter: the only one that it saves into the folder itself and not into one below."""

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import Linear
 from transformers.pytorch_utils import Conv1D
 
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 
 
 def add_lora(model: Any, settings: LoraSettings, *, is_reward: bool = False) -> PeftModel:

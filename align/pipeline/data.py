@@ -19,8 +19,8 @@ from align.errors import DataError, Problem, WriteError
 from align.pipeline.external import HashCache
 from align.pipeline.fingerprint import CACHE, Contents
 from align.pipeline.graph import Node
+from align.recipe.data_settings import DataSettings, Role
 from align.recipe.load import Recipe
-from align.recipe.settings import DataSettings, Role
 from align.recipe.shipped import shipped_folder
 from align.records import fingerprint, write_json
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from align.errors import ArtifactError, ConfigError, Problem, WriteError
 from align.job import Input
-from align.recipe.settings import ModelSettings
 from align.recipe.spec import Kind
+from align.recipe.training_settings import ModelSettings
 from align.records import MANIFEST, fingerprint, read_manifest, sha256_file, write_json
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

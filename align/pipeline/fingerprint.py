@@ -19,8 +19,9 @@ from align.job import Input, Job
 from align.pipeline.external import HashCache, adapter_facts, hub_input, local_input
 from align.pipeline.functions import source_hash
 from align.pipeline.graph import Node, Source, wanted_launch
+from align.recipe.data_settings import DATA_PLACES, DataSettings, ReadSettings
 from align.recipe.recipe_settings import RecipeSettings
-from align.recipe.settings import DATA_PLACES, DataSettings, ReadSettings, is_marked
+from align.recipe.settings import is_marked
 from align.records import fingerprint
 
 CACHE = ".cache"

@@ -10,10 +10,13 @@ from typing import Any
 
 from align.errors import ConfigError, Problem
 from align.pipeline.external import artifact_folder, check_folder
+from align.recipe.data_settings import DataSettings, Role
+from align.recipe.launch_settings import LaunchSettings
 from align.recipe.load import Recipe
 from align.recipe.recipe_settings import RecipeSettings
-from align.recipe.settings import DataSettings, LaunchSettings, ModelSettings, Role, Settings
+from align.recipe.settings import Settings
 from align.recipe.spec import Kind, Slot, StageSpec
+from align.recipe.training_settings import ModelSettings
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import yaml
 
 from align.errors import ConfigError, Problem
 from align.pipeline.graph import Node, wanted_launch
+from align.recipe.launch_settings import LaunchSettings, NodesSettings
 from align.recipe.load import Recipe
 from align.recipe.recipe_settings import RecipeSettings
-from align.recipe.settings import LaunchSettings, NodesSettings, TrainingSettings
 from align.recipe.shipped import shipped_folder
+from align.recipe.training_settings import TrainingSettings
 from align.recipe.zero import nvme_folders, read_zero
 from align.records import write_text
 

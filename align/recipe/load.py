@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from align.errors import ConfigError, Problem
+from align.recipe.data_settings import ReadSettings
 from align.recipe.document import Document, read_document
 from align.recipe.messages import explain
 from align.recipe.overrides import Origins, Override, assign, parse_overrides
 from align.recipe.reading import Reading, StageRecipe
 from align.recipe.recipe_settings import RecipeSettings
-from align.recipe.settings import ReadSettings
 
 if TYPE_CHECKING:
     from align.recipe.spec import StageSpec

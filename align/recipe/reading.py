@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from align.errors import Problem
+from align.recipe.data_settings import DATA_PLACES, ReadSettings
 from align.recipe.messages import explain
 from align.recipe.nearest import did_you_mean, nearest
 from align.recipe.overrides import Origins, assign
 from align.recipe.paths import locate, model_reason
 from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.schema import KeyPath, complete, fixed, model_at, places
-from align.recipe.settings import DATA_PLACES, ModelSettings, ReadSettings, Settings, is_marked
+from align.recipe.settings import Settings, is_marked
 from align.recipe.trainer_args import check_trainer_args
+from align.recipe.training_settings import ModelSettings
 
 if TYPE_CHECKING:  # the pipeline stands above the recipe: its types are known here, its code is not
     from align.recipe.spec import StageSpec

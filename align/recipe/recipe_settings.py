@@ -6,16 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from align.recipe.settings import (
-    Data,
-    EvaluationSettings,
-    LaunchSettings,
-    Model,
-    NodesSettings,
-    Settings,
-    execution,
-)
+from align.recipe.data_settings import Data
+from align.recipe.engine_settings import EvaluationSettings
+from align.recipe.launch_settings import LaunchSettings, NodesSettings
+from align.recipe.settings import Settings, execution
 from align.recipe.submit_settings import SubmitSettings
+from align.recipe.training_settings import Model
 
 
 class RecipeSettings(Settings):

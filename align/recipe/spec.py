@@ -12,7 +12,8 @@ from enum import StrEnum
 from importlib import import_module
 from typing import Any
 
-from align.recipe.settings import Role, Settings
+from align.recipe.data_settings import Role
+from align.recipe.settings import Settings
 
 
 def named(path: str) -> Any:

@@ -30,7 +30,8 @@ from align.data.split import Place, places
 from align.data.spool import Spool
 from align.data.tokenizer import tokenizer_hash
 from align.errors import ArtifactError, Interrupted, WriteError
-from align.recipe.settings import DataSettings, Role, TrainingSettings
+from align.recipe.data_settings import DataSettings, Role
+from align.recipe.training_settings import TrainingSettings
 from align.records import committed_folder, fingerprint, read_manifest, sweep, write_json, write_lines
 from align.training.progress import StageProgress
 from align.training.rows import REJECTED, TokenRow, rejected_line, token_rows

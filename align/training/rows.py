@@ -13,7 +13,8 @@ from align.data.render import Renderer
 from align.data.rows import Demonstration, Judgement, Preference
 from align.data.spool import Spool
 from align.errors import DataError, Problem
-from align.recipe.settings import DataSettings, Role, TrainingSettings
+from align.recipe.data_settings import DataSettings, Role
+from align.recipe.training_settings import TrainingSettings
 from align.records import write_lines
 
 Row = TypeVar("Row")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from align.recipe.settings import OptimSettings
+from align.recipe.training_settings import OptimSettings
 
 
 def learning_rate_factor(settings: OptimSettings, step: int, total: int) -> float:

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from align import ranks
 from align.context import Context
 from align.errors import ConfigError, DistributedError, NumericError, Problem
-from align.recipe.settings import OptimSettings, TrainingSettings
+from align.recipe.training_settings import OptimSettings, TrainingSettings
 from align.records import read_manifest
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
 from align.training.division import DividedTrainer, OwnRows

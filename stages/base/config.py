@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from align.recipe.settings import Data, OptimSettings, Role, Settings
+from align.recipe.data_settings import Data, Role
+from align.recipe.settings import Settings
 from align.recipe.spec import Kind, StageSpec
+from align.recipe.training_settings import OptimSettings
 
 
 class Config(Settings):

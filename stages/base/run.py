@@ -24,7 +24,8 @@ from align.evaluation.stage import evaluate_model, held_out_prompts
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.opened import Opened, commit_policy
-from align.recipe.settings import EvaluationSettings, Role
+from align.recipe.data_settings import Role
+from align.recipe.engine_settings import EvaluationSettings
 from align.training.rows import load_rows
 from align.training.trainer import CommittedTrainer, housekeeping_arguments, optimiser_arguments, run_training
 from stages.base.config import Config

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings, refuse, source
+from align.recipe.data_settings import Data, Role
+from align.recipe.settings import refuse, source
 from align.recipe.spec import Kind, Slot, StageSpec
+from align.recipe.training_settings import OptimSettings, TrainingSettings
 
 LOSS_SETTINGS: dict[str, dict[str, float]] = {
     "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},

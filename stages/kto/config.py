@@ -6,8 +6,10 @@ from typing import Literal
 
 from pydantic import PositiveFloat, model_validator
 
-from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings, refuse, source
+from align.recipe.data_settings import Data, Role
+from align.recipe.settings import refuse, source
 from align.recipe.spec import Kind, Slot, StageSpec
+from align.recipe.training_settings import OptimSettings, TrainingSettings
 
 
 class Config(TrainingSettings):

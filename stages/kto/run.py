@@ -18,7 +18,8 @@ from align.models.load import local_folder
 from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import Opened, commit_policy, open_policy
 from align.models.roles import causal_role
-from align.recipe.settings import EvaluationSettings, Role
+from align.recipe.data_settings import Role
+from align.recipe.engine_settings import EvaluationSettings
 from align.training.prepared import prepared
 from align.training.responses import Reference, open_reference, reference_role, warn_of_displacement
 from align.training.rows import TokenRow, judgement_row

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from align.training.masked import masked_sum
-from stages.ppo.config import ClipSettings
 from stages.ppo.kl import k2
+from stages.ppo.settings import ClipSettings
 
 MAX_LOG_RATIO = 20.0
 """exp(20) is far beyond any clip range; without the bound one stale token overflows to inf * 0."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from align.training.masked import length_mask
-from stages.ppo.config import MissingEosSettings, OverlongSettings
 from stages.ppo.kl import k1
+from stages.ppo.settings import MissingEosSettings, OverlongSettings
 
 
 def at_the_end(scores: Tensor, lengths: Tensor, width: int) -> Tensor:

@@ -31,7 +31,8 @@ from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.load import local_folder
 from align.models.opened import Opened, commit_policy
-from align.recipe.settings import EvaluationSettings, Role
+from align.recipe.data_settings import Role
+from align.recipe.engine_settings import EvaluationSettings
 from align.rewards.functions import call_function, load_function
 from align.rewards.remote import RemoteReward
 from align.rewards.settings import RewardTerm

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from align.errors import NumericError
 from align.models.roles import Role
-from align.recipe.settings import OptimSettings
+from align.recipe.training_settings import OptimSettings
 from align.training.logprobs import response_states, state_logprobs, state_values
 from align.training.masked import ALONE, Processes, masked_sum
 from align.training.schedule import learning_rate_factor

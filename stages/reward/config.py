@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from align.recipe.settings import Data, OptimSettings, Role, Settings, TrainingSettings, source
+from align.recipe.data_settings import Data, Role
+from align.recipe.settings import Settings, source
 from align.recipe.spec import Kind, Slot, StageSpec
+from align.recipe.training_settings import OptimSettings, TrainingSettings
 
 SCORING_BATCH = 64
 """Rows sampled or scored at a time."""

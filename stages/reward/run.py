@@ -23,7 +23,8 @@ from align.models.lora import add_lora, trainable_parameters, without_wrapper
 from align.models.opened import Opened, commit_reward, open_as_reward, open_policy
 from align.models.reward import normalise, score_sequences
 from align.models.roles import reward_role
-from align.recipe.settings import EvaluationSettings, Role
+from align.recipe.data_settings import Role
+from align.recipe.engine_settings import EvaluationSettings
 from align.training.prepared import prepared
 from align.training.rows import TokenRow, preference_row
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments

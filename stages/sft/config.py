@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from align.recipe.settings import Data, OptimSettings, Role, TrainingSettings, source
+from align.recipe.data_settings import Data, Role
+from align.recipe.settings import source
 from align.recipe.spec import Kind, Slot, StageSpec
+from align.recipe.training_settings import OptimSettings, TrainingSettings
 
 
 class Config(TrainingSettings):

@@ -17,7 +17,7 @@ from align.data.load import load
 from align.data.render import Renderer
 from align.data.rows import Demonstration, Document
 from align.errors import AlignError, DataError
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 from tests.data.test_render import make_tokenizer
 
 

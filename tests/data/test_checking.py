@@ -16,7 +16,7 @@ from align.data.checking.preferences import binomial_tail
 from align.data.checking.texts import is_card_number, personal_data, script
 from align.data.render import Renderer
 from align.errors import DataError
-from align.recipe.settings import ReadSettings, Role
+from align.recipe.data_settings import ReadSettings, Role
 from tests.data.test_render import CHATML, make_tokenizer
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from align.data.load import content_hash, load
 from align.errors import DataError
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 
 WORDS = [f"word{number}" for number in range(20)]
 MEASURED = [{"instruction": "What is 1 and 1?"}, {"instruction": " ".join(WORDS)}]

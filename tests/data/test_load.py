@@ -11,7 +11,7 @@ import pytest
 
 from align.data.load import content_hash, load
 from align.errors import DataError
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 
 
 def pairs(count: int, start: int = 0) -> list[dict]:
@@ -171,7 +171,7 @@ def test_content_hash_is_of_bytes_in_order(tmp_path: Path) -> None:
 def test_reading_json_imports_nothing_heavy() -> None:
     write("a.jsonl", pairs(3))
     script = (
-        "import sys; from align.data.load import load; from align.recipe.settings import DataSettings, Role; "
+        "import sys; from align.data.load import load; from align.recipe.data_settings import DataSettings, Role; "
         "load(DataSettings(path='a.jsonl'), Role.PREFERENCES); "
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
     )

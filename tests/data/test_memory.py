@@ -13,7 +13,7 @@ SCRIPT = """
 import resource, sys
 from align.data import spool
 from align.data.load import content_hash, load
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -31,7 +31,7 @@ CHECK = """
 import resource
 from align.data.checking import check as checking
 from align.data import spool
-from align.recipe.settings import Role
+from align.recipe.data_settings import Role
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

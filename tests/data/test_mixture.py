@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from align.data.load import content_hash, load
 from align.data.mixture import counts, mixed
 from align.data.split import Keys, digest
-from align.recipe.settings import DataSettings, Role, SourceSettings
+from align.recipe.data_settings import DataSettings, Role, SourceSettings
 
 
 def sources(*weights: float | None, fraction: float = 1.0) -> list[SourceSettings]:

@@ -17,7 +17,7 @@ import pytest
 from align.data.load import Dataset, load
 from align.data.public import SHAPES
 from align.data.rows import Demonstration, Judgement, Message, Preference, Prompt, Row
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 PREFERENCES, DEMONSTRATIONS, JUDGEMENTS, PROMPTS = Role.PREFERENCES, Role.DEMONSTRATIONS, Role.JUDGEMENTS, Role.PROMPTS

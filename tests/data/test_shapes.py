@@ -9,7 +9,7 @@ import pytest
 
 from align.data.load import load
 from align.data.rows import Demonstration, Document, Preference, Prompt, Row
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 
 
 def turn(role: str, content: str) -> dict[str, str]:

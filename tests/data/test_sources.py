@@ -15,7 +15,7 @@ from align.data.readers import read
 from align.data.sources import DataFile, files_of
 from align.data.streams import opened
 from align.errors import DataError
-from align.recipe.settings import DataSettings, ReadSettings, Role
+from align.recipe.data_settings import DataSettings, ReadSettings, Role
 from tests.data.wrong_data import gz, zst
 
 LINE = b'{"prompt": "Hi"}\n'

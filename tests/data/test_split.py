@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from align.data.load import load
 from align.data.split import Keys, digest, prompt_key, share, split
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 
 KEYS = st.lists(st.text(max_size=3), max_size=30)
 SHARES = st.floats(0, 1, exclude_max=True)

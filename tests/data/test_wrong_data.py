@@ -9,7 +9,7 @@ import pytest
 
 from align.data.load import Dataset, load
 from align.errors import DataError
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 from tests.data.wrong_data import ACCEPTED, BY_ID, CASES, ELSEWHERE, HELD_OUT, LINES, MESSAGES, ROWS, Accepted, Case
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"

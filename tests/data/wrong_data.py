@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from align.data.public import HELPSTEER_SCORES
 from align.data.rows import Demonstration, Judgement, Preference, Row
-from align.recipe.settings import Role
+from align.recipe.data_settings import Role
 
 DEMONSTRATIONS = Role.DEMONSTRATIONS
 BOMB = (b" " * (2**22 - 1) + b"\n") * 26

@@ -12,7 +12,7 @@ from align.data.load import load
 from align.demo import world
 from align.demo.files import SIZES, make_files, write_files
 from align.errors import DataError
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 from align.records import sha256_file
 
 REPOSITORY = Path(__file__).parents[2]

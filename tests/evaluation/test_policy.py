@@ -18,7 +18,7 @@ from align.evaluation.stage import held_out_prompts
 from align.generation.engine import Sampling
 from align.generation.transformers_engine import TransformersEngine
 from align.models.roles import causal_role
-from align.recipe.settings import EvaluationSettings
+from align.recipe.engine_settings import EvaluationSettings
 from tests.models.tiny import demo_texts
 
 PROMPTS = [

@@ -18,7 +18,7 @@ from align.generation.rest import ALL
 from align.generation.vllm_engine import VllmEngine
 from align.generation.vllm_options import cache_bytes
 from align.models.roles import causal_role
-from align.recipe.settings import EngineSettings
+from align.recipe.engine_settings import EngineSettings
 from align.training.parity import ParityGuard
 from tests.generation.test_transformers_engine import CHI_SQUARE_4, chi_square
 from tests.generation.vllm_models import CONTEXT, END_OF_TURN, EOS, PAD, VOCABULARY, make_model, optimise
@@ -94,7 +94,7 @@ def test_a_base_in_four_bits(tmp_path):
 
     from align.models.lora import add_lora
     from align.models.quantised import adopt_nf4, nf4_config
-    from align.recipe.settings import LoraSettings
+    from align.recipe.training_settings import LoraSettings
 
     make_model(tmp_path, "llama", False, FLOAT)
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4_config())

@@ -31,7 +31,7 @@ from align.generation.transport import buckets
 from align.generation.vllm_client import Response, to_samples
 from align.generation.vllm_process import ServerProcess, wait_gone
 from align.generation.vllm_server import Timeouts, VllmServerEngine
-from align.recipe.settings import EngineSettings
+from align.recipe.engine_settings import EngineSettings
 from tests.generation.conftest import END_OF_TURN, EOS, PAD
 
 PATIENT = Timeouts(start=400, answer=200, sync=200)

@@ -19,7 +19,7 @@ from align.models.opened import commit_policy, commit_reward, open_as_reward, op
 from align.models.reward import normalise, score_sequences
 from align.models.roles import reward_role
 from align.models.save import save_model
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 from align.records import committed_folder, read_manifest
 from tests.models.tiny import model_input, probes, trained_adapter
 

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from align.models.lora import add_lora
 from align.models.packed import NAME, Packing, pack, packs
 from align.models.roles import Role, causal_role, position_ids
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 from tests.models.test_roles import ARCHITECTURES, GPT2, SIZES, new_model
 
 VALID = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]])

@@ -23,7 +23,7 @@ from align.models.opened import Opened, commit_policy, commit_reward, open_as_re
 from align.models.quantised import NF4Linear
 from align.pipeline.plan import make_plan
 from align.recipe.load import load_recipe
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 from align.records import MANIFEST, committed_folder
 from stages import load_specs
 from tests.models.tiny import model_input, new_tokenizer, probes, save_policy

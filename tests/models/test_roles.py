@@ -14,7 +14,7 @@ from align.models.lora import add_lora
 from align.models.reward import score_sequences
 from align.models.roles import causal_role, offloaded, position_ids, reward_role
 from align.models.value import critic_from_policy, critic_from_reward, shared_head
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 from align.training.logprobs import response_states, state_logprobs, state_values
 from tests.models.tiny import probes
 

@@ -14,7 +14,7 @@ from align.demo import world
 from align.job import Input
 from align.models.lora import add_lora
 from align.models.opened import Opened, commit_policy
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 from align.records import committed_folder
 from stages.base.config import Config
 from stages.base.run import new_model, train_tokenizer

@@ -91,7 +91,7 @@ def test_prompts_that_are_measured_on_stop_the_plan() -> None:
 def card(**changes: object) -> None:
     """A card of rows.jsonl, beside the recipe."""
     from align.data.cards import measured
-    from align.recipe.settings import Role
+    from align.recipe.data_settings import Role
 
     facts = measured(Path("rows.jsonl"), Role.PREFERENCES) | changes
     facts |= {"file": "rows.jsonl", "role": "preferences", "intended_use": ["reward"], "personal_data": "possible"}

@@ -17,8 +17,10 @@ from typing import Literal
 from align.context import Context
 from align.errors import NumericError
 from align.job import StageResult
-from align.recipe.settings import Data, LoraSettings, Role, Settings, execution, source
+from align.recipe.data_settings import Data, Role
+from align.recipe.settings import Settings, execution, source
 from align.recipe.spec import Kind, Slot, StageSpec
+from align.recipe.training_settings import LoraSettings
 from align.records import committed_folder, sweep
 
 DEADLINE = 60.0

@@ -13,9 +13,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from stages.ppo.config import ClipSettings
 from stages.ppo.losses import kl_loss, policy_loss
 from stages.ppo.rewards import assemble, at_the_end
+from stages.ppo.settings import ClipSettings
 
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
 SCORES = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)

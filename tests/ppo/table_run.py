@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from align.generation.engine import Samples, Sampling
-from align.recipe.settings import OptimSettings
-from stages.ppo.config import ClipSettings, Config, CriticSettings, KLSettings, MissingEosSettings, RolloutSettings
+from align.recipe.training_settings import OptimSettings
+from stages.ppo.config import Config
 from stages.ppo.rewards import at_the_end
 from stages.ppo.rollout import Responses, join
+from stages.ppo.settings import ClipSettings, CriticSettings, KLSettings, MissingEosSettings, RolloutSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.table_model import (
     DEPTH,

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.ppo.config import ClipSettings
 from stages.ppo.correction import correction_metrics, importance_weights
 from stages.ppo.losses import policy_loss
 from stages.ppo.rollout import Responses, Rollout
+from stages.ppo.settings import ClipSettings
 
 LOG_WEIGHTS = torch.tensor([[0.0, 0.5, 1.0, -1.0]])
 

@@ -15,19 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.recipe.settings import OptimSettings
-from stages.ppo.config import (
+from align.recipe.training_settings import OptimSettings
+from stages.ppo.config import Config
+from stages.ppo.ptx import Demonstrations
+from stages.ppo.rewards import at_the_end
+from stages.ppo.rollout import Responses
+from stages.ppo.settings import (
     ClipSettings,
-    Config,
     CriticSettings,
     KLSettings,
     MissingEosSettings,
     OverlongSettings,
     RolloutSettings,
 )
-from stages.ppo.ptx import Demonstrations
-from stages.ppo.rewards import at_the_end
-from stages.ppo.rollout import Responses
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.table_model import DEPTH, EOS, STATES, A, B, Batch, TableModel, child
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from align.training.masked import whiten
 from stages.ppo.advantages import group_relative, leave_one_out, reward_to_go
-from stages.ppo.config import ClipSettings
 from stages.ppo.losses import kl_loss, policy_loss
+from stages.ppo.settings import ClipSettings
 from tests.ppo.bandit import REF, SCORES, Draws, descend, objective_gradient, tilted
 from tests.ppo.table_model import STATES, Path, World, scores_of_all, sequence_logprobs
 

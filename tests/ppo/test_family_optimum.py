@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from align.generation.engine import Samples, Sampling
-from align.recipe.settings import OptimSettings
+from align.recipe.training_settings import OptimSettings
 from stages.ppo.advantages import group_relative
-from stages.ppo.config import Config, KLSettings, MissingEosSettings, RolloutSettings
+from stages.ppo.config import Config
 from stages.ppo.rewards import at_the_end
 from stages.ppo.rollout import join
+from stages.ppo.settings import KLSettings, MissingEosSettings, RolloutSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo import bandit
 from tests.ppo.table_model import DEPTH, EOS, PAD, PROMPT, STATES, A, TableModel, World

@@ -15,15 +15,16 @@ from align.context import Context
 from align.errors import Interrupted, RolloutError
 from align.generation.engine import Samples, Sampling
 from align.generation.transformers_engine import TransformersEngine
-from align.recipe.settings import CheckpointSettings, OptimSettings
+from align.recipe.training_settings import CheckpointSettings, OptimSettings
 from align.training.masked import length_mask
 from align.training.parity import sampled_logprobs
-from stages.ppo.config import ClipSettings, Config, CriticSettings, KLSettings, MissingEosSettings, RolloutSettings
+from stages.ppo.config import Config
 from stages.ppo.correction import importance_weights
 from stages.ppo.inflight import Batch, Flight, Generate, State
 from stages.ppo.losses import kl_loss, policy_loss
 from stages.ppo.metrics import Phases
 from stages.ppo.rollout import Question, Responses, Rollout
+from stages.ppo.settings import ClipSettings, CriticSettings, KLSettings, MissingEosSettings, RolloutSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.bandit import CLIP, REF, SCORES, objective_gradient
 from tests.ppo.table_model import (

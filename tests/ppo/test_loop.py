@@ -19,14 +19,16 @@ from align.errors import ArtifactError, Interrupted, NumericError
 from align.generation.engine import Samples, Sampling
 from align.generation.transformers_engine import TransformersEngine
 from align.job import Job
-from align.recipe.settings import CheckpointSettings, DataSettings, LoraSettings, OptimSettings
+from align.recipe.data_settings import DataSettings
+from align.recipe.training_settings import CheckpointSettings, LoraSettings, OptimSettings
 from align.training.checkpoints import checkpoint_folder
 from stages.ppo.checkpoint import load_checkpoint
-from stages.ppo.config import Config, CriticSettings, KLSettings, PtxSettings, RolloutSettings
+from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
 from stages.ppo.models import open_models
 from stages.ppo.ptx import Demonstrations
 from stages.ppo.run import new_rewarder, text_scorers, warmup_rollouts
+from stages.ppo.settings import CriticSettings, KLSettings, PtxSettings, RolloutSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import Tiny
 

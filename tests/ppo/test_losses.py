@@ -10,8 +10,8 @@ from torch.nn.functional import pad
 from align.models.roles import Role
 from align.training.logprobs import state_logprobs
 from align.training.masked import length_mask, masked_sum
-from stages.ppo.config import ClipSettings
 from stages.ppo.losses import kl_loss, policy_loss, value_loss
+from stages.ppo.settings import ClipSettings
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
 CLIP = ClipSettings(policy=0.2)

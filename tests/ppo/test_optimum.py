@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stages.ppo.advantages import gae
-from stages.ppo.config import ClipSettings
 from stages.ppo.losses import policy_loss
+from stages.ppo.settings import ClipSettings
 from tests.ppo.bandit import REF, SCORES, Draws, descend, tilted
 from tests.ppo.table_model import STATES, Path, World, scores_of_all, sequence_logprobs
 

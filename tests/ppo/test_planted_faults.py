@@ -28,12 +28,13 @@ from align.errors import NumericError
 from align.evaluation.scorer import RewardModel, RewardScorer
 from align.job import Input, Job
 from align.models.opened import Opened
-from align.recipe.settings import CheckpointSettings, OptimSettings
+from align.recipe.training_settings import CheckpointSettings, OptimSettings
 from align.rewards.settings import RewardTerm
 from stages.ppo.alarms import RULES
-from stages.ppo.config import Config, CriticSettings, KLSettings, RolloutSettings
+from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
 from stages.ppo.scorer import Rewarder
+from stages.ppo.settings import CriticSettings, KLSettings, RolloutSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import Tiny
 from tests.ppo.table_model import DEPTH, EOS, PAD, PROMPT, STATES, A, B, TableModel, child, complete_responses

@@ -5,8 +5,8 @@ import torch
 
 from align.training.masked import length_mask, masked_sum, moments, whiten
 from stages.ppo.advantages import gae
-from stages.ppo.config import MissingEosSettings, OverlongSettings
 from stages.ppo.rewards import assemble, at_the_end, missing_eos, overlong_penalty
+from stages.ppo.settings import MissingEosSettings, OverlongSettings
 
 OLD = torch.tensor([[0.1, 0.2, 0.3, float("nan")], [0.4, float("inf"), 9.0, 9.0]])
 REF = torch.zeros(2, 4)

@@ -14,7 +14,7 @@ from align.models.opened import Opened, open_policy, open_reward
 from align.models.reward import score_sequences
 from align.models.roles import reward_role
 from align.models.value import critic_from_policy, critic_from_reward
-from align.recipe.settings import DataSettings
+from align.recipe.data_settings import DataSettings
 from align.rewards.settings import RewardTerm
 from align.training.logprobs import response_states, state_values
 from stages.ppo.config import Config

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from align.errors import NumericError
 from align.generation.engine import Samples
-from align.recipe.settings import OptimSettings
+from align.recipe.training_settings import OptimSettings
 from align.training.schedule import learning_rate_factor
-from stages.ppo.config import ClipSettings, Config, CriticSettings, KLSettings, MissingEosSettings, RolloutSettings
+from stages.ppo.config import Config
 from stages.ppo.metrics import rollout_metrics
 from stages.ppo.rewards import at_the_end
 from stages.ppo.rollout import Responses, join
 from stages.ppo.scorer import Scores
+from stages.ppo.settings import ClipSettings, CriticSettings, KLSettings, MissingEosSettings, RolloutSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.table_model import DEPTH, EOS, PAD, PROMPT, STATES, TableModel, World, complete_responses
 

@@ -16,13 +16,14 @@ from align.models.load import load_policy, load_tokenizer
 from align.models.opened import open_policy
 from align.models.roles import causal_role
 from align.models.value import critic_from_reward, shared_head
-from align.recipe.settings import LoraSettings, OptimSettings
+from align.recipe.training_settings import LoraSettings, OptimSettings
 from stages.ppo.alarms import check_starts_at_reference
-from stages.ppo.config import Config, CriticSettings, RolloutSettings
+from stages.ppo.config import Config
 from stages.ppo.metrics import rollout_metrics
 from stages.ppo.rewards import at_the_end
 from stages.ppo.rollout import Responses, join
 from stages.ppo.scorer import Scores
+from stages.ppo.settings import CriticSettings, RolloutSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import Tiny
 

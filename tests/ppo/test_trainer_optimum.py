@@ -11,16 +11,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from align.recipe.settings import OptimSettings
+from align.recipe.training_settings import OptimSettings
 from align.training.logprobs import state_values
 from stages.ppo import kl
-from stages.ppo.config import (
-    ClipSettings,
-    Config,
-    CriticSettings,
-    MissingEosSettings,
-)
+from stages.ppo.config import Config
 from stages.ppo.rewards import assemble, at_the_end
+from stages.ppo.settings import ClipSettings, CriticSettings, MissingEosSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.table_model import (
     DEPTH,

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from align.errors import AlignError, Interrupted, RolloutError
 from align.models.value import shared_head
-from align.recipe.settings import CheckpointSettings, DataSettings, OptimSettings
+from align.recipe.data_settings import DataSettings
+from align.recipe.training_settings import CheckpointSettings, OptimSettings
 from stages.ppo.checkpoint import load_checkpoint
-from stages.ppo.config import ClipSettings, CriticSettings, KLSettings, PtxSettings
 from stages.ppo.loop import Loop
 from stages.ppo.ptx import Demonstrations
+from stages.ppo.settings import ClipSettings, CriticSettings, KLSettings, PtxSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.table_model import EOS, PAD, PROMPT, A, TableModel
 from tests.ppo.test_estimate import STILL, batch, config, expect, make_trainer, policy, table

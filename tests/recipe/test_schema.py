@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from align.recipe.data_settings import DataSettings
 from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.schema import complete, dotted, fixed, model_at, places, walk
-from align.recipe.settings import DataSettings, OptimSettings, refuse
+from align.recipe.settings import refuse
+from align.recipe.training_settings import OptimSettings
 from align.rewards.settings import RewardTerm
 from stages import load_specs
 

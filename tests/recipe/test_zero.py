@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from align.errors import ConfigError
-from align.recipe.settings import LaunchSettings
+from align.recipe.launch_settings import LaunchSettings
 from align.recipe.shipped import shipped_folder
 from align.recipe.zero import FROM_RECIPE, nvme_folders, read_zero
 

@@ -14,7 +14,7 @@ from align import ranks
 from align.context import Context, StopFlag
 from align.job import Input, Job, StageResult
 from align.metrics import MetricsLog
-from align.recipe.settings import TrainingSettings
+from align.recipe.training_settings import TrainingSettings
 from tests.models.tiny import demo_texts, model_input
 
 STEPS = 6

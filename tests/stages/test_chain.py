@@ -22,7 +22,8 @@ from align.models.opened import open_policy, open_reward
 from align.models.reward import score_sequences
 from align.models.roles import causal_role, reward_role
 from align.models.value import critic_from_reward
-from align.recipe.settings import EvaluationSettings, Role
+from align.recipe.data_settings import Role
+from align.recipe.engine_settings import EvaluationSettings
 from align.records import read_manifest
 from tests.models.tiny import probes
 from tests.stages.harness import LORA

@@ -14,14 +14,14 @@ from align.context import Context, StopFlag
 from align.errors import ConfigError, DataError
 from align.job import Input, Job, StageResult
 from align.models.opened import open_policy
-from align.recipe.settings import DataSettings, Role
+from align.recipe.data_settings import DataSettings, Role
 from align.records import read_manifest
 from align.training.rows import load_rows
 from stages import load_specs
-from stages.ppo.config import KLSettings, MissingEosSettings
 from stages.ppo.layout import describe
 from stages.ppo.models import open_models
 from stages.ppo.run import run, training_questions
+from stages.ppo.settings import KLSettings, MissingEosSettings
 from tests.models.tiny import FOR_VLLM, new_opened, save_policy
 from tests.stages.harness import LORA
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from align.data.rows import Preference
-from align.recipe.settings import Role
+from align.recipe.data_settings import Role
 from align.records import read_manifest
 from tests.data.test_public import PUBLIC, TRL, talk
 from tests.stages.harness import Run

@@ -17,7 +17,7 @@ from align.job import StageResult
 from align.models.adapters import AdaptedBase
 from align.models.handover import probe_values
 from align.models.opened import open_policy, open_reward
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 from align.records import read_manifest
 from tests.models.tiny import probes
 from tests.stages.harness import KINDS, Run, weights_hash

@@ -20,7 +20,8 @@ from align.data.split import places
 from align.data.tokenizer import tokenizer_hash, tokenizer_of
 from align.errors import DataError, Interrupted
 from align.job import Job
-from align.recipe.settings import DataSettings, Role, TrainingSettings
+from align.recipe.data_settings import DataSettings, Role
+from align.recipe.training_settings import TrainingSettings
 from align.training import prepared as cache
 from align.training.prepared import Prepared, alone, prepared, write_table
 from align.training.rows import preference_row
@@ -194,7 +195,8 @@ import resource, sys
 from pathlib import Path
 from align.data import spool
 from align.data.render import Renderer
-from align.recipe.settings import DataSettings, Role, TrainingSettings
+from align.recipe.data_settings import DataSettings, Role
+from align.recipe.training_settings import TrainingSettings
 from align.training.prepared import prepared
 from align.training.rows import preference_row
 from tests.models.tiny import new_tokenizer

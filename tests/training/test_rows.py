@@ -13,7 +13,8 @@ from align.data.rows import Preference
 from align.data.spool import Spool
 from align.errors import DataError
 from align.job import Job
-from align.recipe.settings import DataSettings, Role, TrainingSettings
+from align.recipe.data_settings import DataSettings, Role
+from align.recipe.training_settings import TrainingSettings
 from align.training.rows import load_rows, preference_row, token_rows
 from tests.models.tiny import new_tokenizer
 

@@ -28,7 +28,7 @@ from align.data.sources import DataFile
 from align.data.spool import Spool
 from align.data.streams import Version, refuse_change, version
 from align.errors import DataError, Problem
-from align.recipe.settings import ReadSettings, Role
+from align.recipe.data_settings import ReadSettings, Role
 
 GUESSED = (Role.JUDGEMENTS, Role.PREFERENCES, Role.DEMONSTRATIONS, Role.PROMPTS, Role.CORPUS)
 """Roles in the order in which a file that could have several is taken for one."""

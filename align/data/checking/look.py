@@ -14,7 +14,7 @@ from align.data.contamination import Contamination
 from align.data.load import Dataset
 from align.data.rows import Row
 from align.errors import DataError, Problem
-from align.recipe.settings import Role
+from align.recipe.data_settings import Role
 
 AT_MOST = 20_000
 """Rows that are looked at. Of more, all rows of some prompts: the share of rows that repeat or contradict others is

@@ -10,7 +10,7 @@ from align.data.load import file_problem
 from align.data.rows import Row
 from align.data.sources import files_of, shown_path
 from align.errors import ConfigError, DataError, Problem
-from align.recipe.settings import ReadSettings, Role
+from align.recipe.data_settings import ReadSettings, Role
 
 
 def rows_at(path: str, number: int, role: Role, settings: ReadSettings) -> list[Row]:

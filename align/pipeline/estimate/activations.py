@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from align.pipeline.estimate.shapes import Shapes
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 """Tokens and vocabulary of the logits that TRL's fused head computes at a time (trl.kernels.chunked_logprob)."""

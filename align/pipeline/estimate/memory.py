@@ -18,7 +18,7 @@ from align.pipeline.estimate.activations import (
 from align.pipeline.estimate.shapes import Shapes
 from align.pipeline.estimate.strategies import STRATEGIES, States, states
 from align.pipeline.estimate.workload import Held, Sampling, Step, Workload
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 
 MIB = 2**20
 PROCESS = 640 * MIB

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import WriteError
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 from align.records import fingerprint, write_json
 
 NF4_BYTES = 0.5 + 4 / 64

@@ -16,8 +16,8 @@ from align.pipeline.estimate.strategies import STRATEGIES, chosen
 from align.pipeline.estimate.workload import Lengths, Workload
 from align.pipeline.graph import Node
 from align.pipeline.plan import Plan
-from align.recipe.settings import LoraSettings, TrainingSettings
 from align.recipe.spec import named
+from align.recipe.training_settings import LoraSettings, TrainingSettings
 
 METHODS = ("full", "lora", "qlora")
 WITHOUT_NF4 = ("zero3", "zero3-offload", "zero3-nvme")

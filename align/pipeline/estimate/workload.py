@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from align.pipeline.estimate.activations import Pass
-from align.recipe.settings import LoraSettings, TrainingSettings
+from align.recipe.training_settings import LoraSettings, TrainingSettings
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from align.pipeline.estimate.activations import (
     ppo_logits,
     sampling_logits,
 )
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 from align.training import logprobs
 from tests.pipeline.estimate.models import TINY
 

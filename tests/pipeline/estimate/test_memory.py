@@ -10,7 +10,7 @@ from align.job import Input
 from align.pipeline.estimate.activations import Pass
 from align.pipeline.estimate.memory import CONTEXT, PROCESS, Device, memory, trained_numbers
 from align.pipeline.estimate.workload import Held, Lengths, Sampling, Step, Workload
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 from stages.dpo.config import Config as Dpo
 from stages.dpo.memory import workload as dpo
 from stages.ppo.config import Config as Ppo

@@ -13,7 +13,7 @@ from align.models.lora import add_lora, trainable_parameters
 from align.models.packed import pack, packed_states
 from align.pipeline.estimate.activations import Width, per_token
 from align.pipeline.estimate.shapes import Counter, Shapes
-from align.recipe.settings import LoraSettings
+from align.recipe.training_settings import LoraSettings
 from align.shapes import model_shapes
 from tests.pipeline.estimate.models import FAMILIES, TINY
 

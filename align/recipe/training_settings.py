@@ -1,0 +1,167 @@
+"""Settings of training that stages share: model, optimiser, adapters, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from align.recipe.launch_settings import LaunchSettings
+from align.recipe.settings import Fraction, Settings, execution, shorthand
+
+
+class ModelSettings(Settings):
+    """A model that align did not train: a local folder or a hub id."""
+
+    path: str
+    """A local Hugging Face folder, or a hub id such as `Qwen/Qwen2.5-0.5B`. `id@revision` is accepted."""
+
+    revision: str | None = None
+    """Commit of a hub id (40 hex digits). Required for hub ids, so that the run can be repeated."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_revision(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("path"), str) and "revision" not in value:
+            path, _, revision = value["path"].partition("@")
+            if revision and not path.startswith("/"):  # a folder's name may hold an @
+                return {**value, "path": path, "revision": revision}
+        return value
+
+
+Model = Annotated[ModelSettings, shorthand("path")]
+
+
+class OptimSettings(Settings):
+    """AdamW and its learning-rate schedule."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape after the warm-up. linear and cosine end at 0."""
+
+    warmup: Fraction = 0.0
+    """Share of all steps over which the learning rate rises from 0."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW moments."""
+
+    eps: PositiveFloat = 1e-8
+    """AdamW epsilon."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW decoupled weight decay."""
+
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm, measured over all processes."""
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (Hu et al. 2021). The saved model is the effective one: adapter merged into its
+    base."""
+
+    rank: PositiveInt = 16
+    """Rank of each update."""
+
+    alpha: PositiveFloat = 32.0
+    """Updates are scaled by alpha / rank."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+
+    target_modules: str | list[str] = "all-linear"
+    """Which linear layers get an adapter."""
+
+    quantise: Literal["nf4"] | None = None
+    """nf4: the frozen base is held in 4 bits (QLoRA, Dettmers et al. 2023; needs bitsandbytes). The saved model is what
+    was trained: the base as its 4 bits decode, plus the adapter."""
+
+
+class CheckpointSettings(Settings):
+    """Checkpoints inside a stage, from which an interrupted stage resumes."""
+
+    every_steps: PositiveInt | None = execution(None)
+    """Optimiser steps (PPO: rollouts) between checkpoints. None: a tenth of the stage."""
+
+    keep: Annotated[int, Field(ge=1)] = execution(2)
+    """How many are kept. All are removed once the stage's artifact is committed."""
+
+
+class TrainingSettings(Settings):
+    """What every gradient-trained stage on TRL has in common."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the training rows."""
+
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimiser steps, whatever `epochs` says."""
+
+    batch_size: PositiveInt = 32
+    """Rows (pairs, for preference stages) per optimiser step, over all processes."""
+
+    micro_batch_size: PositiveInt | None = None
+    """Rows per forward pass and process; smaller uses less memory. None: the whole batch at once."""
+
+    max_length: PositiveInt = 1024
+    """Longest sequence in tokens, prompt and response together. Longer rows follow `on_long`."""
+
+    on_long: Literal["drop", "error"] = "drop"
+    """Rows over `max_length` are left out and counted, or stop the run. They are never cut: a cut row loses
+    its EOS."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 where a GPU supports it, else float32."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+
+    lora: LoraSettings | None = None
+    """Train low-rank adapters instead of all weights."""
+
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """Checkpoints inside the stage."""
+
+    log_every: PositiveInt = execution(10)
+    """Optimiser steps between lines of metrics.jsonl."""
+
+    samples_every: PositiveInt | None = execution(None)
+    """Optimiser steps between entries of samples.jsonl. None: only at the end."""
+
+    launch: LaunchSettings | None = execution(None)
+    """Processes of this stage. None: the recipe's `launch`."""
+
+    trainer_args: dict[str, Any] = {}
+    """Passed to TRL's config of this stage as they are, for the arguments not modelled here. Names are
+    checked; those that align sets itself are refused."""
+
+    @property
+    def quantise(self) -> str | None:
+        """How the frozen base is held while an adapter is trained; None: in full."""
+        return self.lora.quantise if self.lora else None
+
+    def micro_batches(self, processes: int) -> tuple[int, int]:
+        """Rows per forward pass and process, and passes per step. Raises ValueError when `batch_size` cannot be divided
+        so."""
+        micro = self.micro_batch_size or max(1, self.batch_size // processes)
+        passes, rest = divmod(self.batch_size, micro * processes)
+        if rest or not passes:
+            of = f" of {micro} rows (micro_batch_size)" if self.micro_batch_size else ""
+            raise ValueError(f"batch_size {self.batch_size} cannot be divided among {processes} processes{of}")
+        return micro, passes
+
+    @model_validator(mode="after")
+    def _micro_divides(self) -> TrainingSettings:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
