@@ -25,7 +25,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,19 +33,12 @@ from transformers import AutoConfig
 
 from align.errors import ConfigError, RolloutError
 from align.generation.engine import Samples, Sampling
-from align.generation.transport import (
-    WAYS,
-    Transport,
-    buckets,
-    choose_transport,
-    offered,
-    own_gpu,
-    visible_gpu,
-)
+from align.generation.transport import own_gpu, visible_gpu
 from align.generation.vllm_client import Response, Unavailable, VllmClient, to_samples
 from align.generation.vllm_launch import KEY_VARIABLE
 from align.generation.vllm_options import check_length, engine_options, flags, group_repeats, server_options
 from align.generation.vllm_process import ServerProcess
+from align.generation.vllm_sender import WeightSender
 from align.generation.watchdog import Watchdog
 
 Result = TypeVar("Result")
@@ -112,13 +105,12 @@ class VllmServerEngine:
         """
         if transport in {"ipc", "nccl"} and own_gpu() is None:
             raise ConfigError(f"rollout.transport {transport}: the policy is on the CPU; use auto or memory")
-        self._weights, self.dtype = weights, dtype
-        self._watchdog = watchdog or Watchdog(timeouts.sync)
-        self._keeps_policy = keeps_policy
-        self._kept: dict[str, Tensor] = {}
+        self._sender = WeightSender(
+            weights, dtype, transport, timeout=timeouts.sync, watchdog=watchdog, keeps_policy=keeps_policy
+        )
         self.max_length, self.max_sequences = max_length, max_sequences
         self.timeouts, self.max_restarts, self._notice = timeouts, max_restarts, notice
-        self._address, self._asked = address, transport
+        self._address = address
         self._removes_log = address is None and log is None
         self.log = _temporary_log() if self._removes_log else log or Path(os.devnull)
         options = engine_options(
@@ -138,8 +130,6 @@ class VllmServerEngine:
             self._environment["CUDA_VISIBLE_DEVICES"] = visible
         self.server: ServerProcess | None = None
         self._client: VllmClient | None = None
-        self._transport: Transport | None = None
-        self._sender: Any = None
         self._is_current = self._is_closed = False
         # A server dies with the thread that starts it, which may not be one that samples once and ends.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-server")
@@ -159,8 +149,7 @@ class VllmServerEngine:
     @property
     def summary(self) -> str:
         """How weights reach the server."""
-        assert self._transport is not None
-        return f"weights sent to a server through {WAYS[self._transport]}"
+        return self._sender.summary
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
         """One response per prompt. Prompts that follow each other and are equal are one request for several samples.
@@ -177,10 +166,7 @@ class VllmServerEngine:
     def sync(self) -> None:
         """Gives the server the policy's current weights. Raises RolloutError when it gave up or does not take them."""
         self._is_current = False
-        if self._keeps_policy:
-            self._kept = {
-                name: weight.detach().to("cpu", self.dtype, copy=True).contiguous() for name, weight in self._weights()
-            }
+        self._sender.keep()
         self._surviving(lambda: None)
 
     def rest(self) -> None:
@@ -206,7 +192,8 @@ class VllmServerEngine:
                 if self._client is None:
                     self._start()
                 if not self._is_current:
-                    self._send_weights()
+                    self._sender.send(self.client)
+                    self._is_current = True
                 return action()
             except Unavailable as failure:
                 if self._is_closed:
@@ -249,7 +236,8 @@ class VllmServerEngine:
                 self.server.kill()
             if self._client is not None:
                 self._client.close()
-            self.server = self._client = self._sender = None  # the way stays: a new server is where the old one was
+            self.server = self._client = None
+            self._sender.forget()
             self._is_current = False
 
     @property
@@ -281,44 +269,6 @@ class VllmServerEngine:
 
     def _sample(self, ids: Sequence[int], count: int, sampling: Sampling, number: int) -> list[Response]:
         return self.client.sample(ids, count, sampling, number, self.timeouts.answer)
-
-    def _send_weights(self) -> None:
-        if self._transport is None:
-            places = self.client.ask_workers("align_place", timeout=self.timeouts.sync)
-            self._transport = choose_transport(self._asked, own_gpu(), places)
-        if self._transport == "nccl":
-            self._send_by_nccl()
-        else:
-            self._send_in_buckets(self._transport)
-        if not self.client.call("POST", "/reset_prefix_cache", None, self.timeouts.sync).get("success"):
-            raise Unavailable("kept what it computed with older weights")
-        self._is_current = True
-
-    def _policy(self) -> Iterable[tuple[str, Tensor]]:
-        """The weights that the server shall have."""
-        return self._kept.items() if self._keeps_policy else self._weights()
-
-    def _send_in_buckets(self, transport: Transport) -> None:
-        missing: list[str] = ["all"]
-        device = "cuda" if transport == "ipc" else "cpu"
-        for number, bucket in enumerate(buckets(self._policy(), self.dtype, device)):
-            with offered(bucket, transport) as (method, offer):
-                replies = self.client.ask_workers(method, offer, number == 0, timeout=self.timeouts.sync)
-            missing = sorted({name for reply in replies for name in reply["missing"]})
-        if missing:
-            raise RolloutError(f"the vLLM server was not given {', '.join(missing[:5])} (of {len(missing)} weights)")
-
-    def _send_by_nccl(self) -> None:
-        from align.generation.vllm_nccl import connect
-
-        if self._sender is None:
-            size = self.client.call("GET", "/get_world_size", None, self.timeouts.sync)["world_size"]
-            self._sender = connect(self._post, self._policy, self.dtype, size)
-        with self._watchdog.watching("sending weights by NCCL"):  # of which this process is a part
-            self._sender.send_weights()
-
-    def _post(self, path: str, body: Any) -> dict[str, Any]:
-        return self.client.call("POST", path, body, self.timeouts.sync)
 
 
 def _at_most(groups: Sequence[tuple[Sequence[int], int]], most: int) -> Iterator[tuple[Sequence[int], int]]:

@@ -213,11 +213,11 @@ def test_a_weight_that_is_not_handed_over_is_an_error(served, monkeypatch):
     """It would be random. The server goes on, and takes whole policies."""
     partial = [(name, one) for name, one in served.model.named_parameters() if name != "model.norm.weight"]
     with monkeypatch.context() as patched:
-        patched.setattr(served.engine, "_weights", lambda: partial)
+        patched.setattr(served.engine._sender, "_weights", lambda: partial)
         with pytest.raises(RolloutError, match=r"was not given model\.norm\.weight"):
             served.engine.sync()
         wrong = [(name, one[:3]) for name, one in served.model.named_parameters()]
-        patched.setattr(served.engine, "_weights", lambda: wrong)
+        patched.setattr(served.engine._sender, "_weights", lambda: wrong)
         with pytest.raises(RolloutError, match="does not take the weights"):
             served.engine.sync()
     assert not served.notices
