@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,7 +103,8 @@ def _server(
         kv_cache_bytes=settings.kv_cache_bytes,
         gpu_memory=settings.gpu_memory,
         address=settings.address,
-        gpu=settings.server_gpu,
+        gpus=_server_gpus(settings),
+        tensor_parallel=settings.tensor_parallel,
         transport=settings.transport,
         timeouts=Timeouts(settings.timeout, settings.timeout, settings.timeout),
         watchdog=watchdog,
@@ -112,3 +113,17 @@ def _server(
         notice=notice,
         log=log,
     )
+
+
+def _server_gpus(settings: EngineSettings) -> Sequence[int]:
+    """The GPUs of this process's server, by their numbers among those that it sees. Servers of the other processes of
+    this machine, which have a GPU each, are on others."""
+    if not torch.cuda.is_available():
+        return ()
+    own, count = torch.cuda.current_device(), settings.tensor_parallel
+    if settings.server_gpu is not None:
+        first = settings.server_gpu + own * count
+        return range(first, first + count)
+    if count > 1:
+        raise ConfigError("rollout.tensor_parallel: say with server_gpu where the GPUs of the server begin")
+    return (own,)

@@ -77,12 +77,16 @@ def own_gpu() -> str | None:
     return gpu_id(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else None
 
 
-def visible_gpu(number: int, num_gpus: int, visible: str | None) -> str:
-    """The value of CUDA_VISIBLE_DEVICES for a process that is to see one of our `num_gpus` GPUs; `visible` is ours.
-    Raises ConfigError when there is no such GPU."""
-    if number >= num_gpus:
-        raise ConfigError(f"rollout.server_gpu {number}: this process sees {num_gpus} GPUs, the first of which is 0")
-    return visible.split(",")[number].strip() if visible else str(number)
+def visible_gpus(numbers: Sequence[int], num_gpus: int, visible: str | None) -> str:
+    """The value of CUDA_VISIBLE_DEVICES for a process that is to see these of our `num_gpus` GPUs; `visible` is ours.
+    Raises ConfigError when one does not exist."""
+    if max(numbers) >= num_gpus:
+        wanted = " to ".join(str(number) for number in sorted({min(numbers), max(numbers)}))
+        raise ConfigError(
+            f"rollout.server_gpu: the server wants GPU {wanted}; this process sees {num_gpus}, the first of which is 0"
+        )
+    names = visible.split(",") if visible else [str(number) for number in range(num_gpus)]
+    return ",".join(names[number].strip() for number in numbers)
 
 
 def buckets(

@@ -29,10 +29,11 @@ def engine_options(
     kv_cache_bytes: int | None,
     gpu_memory: float,
     seed: int,
+    tensor_parallel: int = 1,
 ) -> dict[str, Any]:
-    """How an engine is opened on the model of `folder`, which has this config. The cache of keys and values takes
-    `kv_cache_bytes`; by default, on a CPU, as many as all sequences need; on a GPU the engine takes the share
-    `gpu_memory` of it."""
+    """How an engine is opened on the model of `folder`, which has this config. Each layer is divided over
+    `tensor_parallel` devices. On each of them the cache of keys and values takes `kv_cache_bytes`; by default, on a
+    CPU, as many as all sequences need; on a GPU the engine takes the share `gpu_memory` of it."""
     on_gpu = torch.cuda.is_available()
     options = {
         "model": str(folder),
@@ -43,12 +44,13 @@ def engine_options(
         "max_model_len": max_length,
         "max_num_seqs": max_sequences,
         "seed": seed,
+        "tensor_parallel_size": tensor_parallel,
     }
     if not on_gpu:
         options |= cpu_options(max_length)
     if on_gpu and kv_cache_bytes is None:
         return options | {"gpu_memory_utilization": gpu_memory}
-    needed = cache_bytes(config, dtype, max_length, max_sequences)
+    needed = -(-cache_bytes(config, dtype, max_length, max_sequences) // tensor_parallel)
     return options | {"kv_cache_memory_bytes": kv_cache_bytes or needed}
 
 

@@ -33,7 +33,7 @@ from transformers import AutoConfig
 
 from align.errors import ConfigError, RolloutError
 from align.generation.engine import Samples, Sampling
-from align.generation.transport import own_gpu, visible_gpu
+from align.generation.transport import own_gpu, visible_gpus
 from align.generation.vllm_client import Response, Unavailable, VllmClient, to_samples
 from align.generation.vllm_launch import KEY_VARIABLE
 from align.generation.vllm_options import check_length, engine_options, flags, group_repeats, server_options
@@ -77,7 +77,8 @@ class VllmServerEngine:
         kv_cache_bytes: int | None = None,
         gpu_memory: float = 0.3,
         address: str | None = None,
-        gpu: int | None = None,
+        gpus: Sequence[int] = (),
+        tensor_parallel: int = 1,
         transport: str = "auto",
         timeouts: Timeouts = Timeouts(),
         watchdog: Watchdog | None = None,
@@ -91,9 +92,10 @@ class VllmServerEngine:
         `folder` holds the config of the policy; `weights` gives its effective weights as they are when it is called,
         by their names in a saved model, tied ones once or twice. `max_length` tokens, prompt and response, fit a
         sequence, `max_sequences` are computed at a time. On a CPU the cache of keys and values takes `kv_cache_bytes`,
-        by default as many as all sequences need; on a GPU the engine takes the share `gpu_memory` of it. `gpu` is the
-        number of the GPU that it runs on, among ours; weights go there by the way `transport` (choose_transport). The
-        `watchdog` ends this process when it hangs in NCCL, which has no timeout.
+        by default as many as all sequences need; on a GPU the engine takes the share `gpu_memory` of it. `gpus` are the
+        numbers of the GPUs that it sees, among ours (none: all); it divides each layer over `tensor_parallel` of them.
+        Weights go there by the way `transport` (choose_transport). The `watchdog` ends this process when it hangs in
+        NCCL, which has no timeout.
 
         A server that fails is started again at most `max_restarts` times in a row; `notice` is given a line about each.
         It is given the policy as it is then; with `keeps_policy` as it was at the last `sync`, of which a copy is kept
@@ -122,11 +124,12 @@ class VllmServerEngine:
             kv_cache_bytes=kv_cache_bytes,
             gpu_memory=gpu_memory,
             seed=seed,
+            tensor_parallel=tensor_parallel,
         )
         self._options = flags(options | server_options(transport))
         self._environment = {"HF_HUB_OFFLINE": "1"} if folder.is_dir() else {}
-        if gpu is not None:
-            visible = visible_gpu(gpu, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if gpus:
+            visible = visible_gpus(gpus, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
             self._environment["CUDA_VISIBLE_DEVICES"] = visible
         self.server: ServerProcess | None = None
         self._client: VllmClient | None = None

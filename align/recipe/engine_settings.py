@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from align.recipe.data_settings import Data
-from align.recipe.settings import Settings, execution, function
+from align.recipe.settings import Settings, execution, function, refuse
 
 
 class EngineSettings(Settings):
@@ -42,8 +38,12 @@ class EngineSettings(Settings):
     machine, open to it alone, and ended with the stage."""
 
     server_gpu: Annotated[int, Field(ge=0)] | None = execution(None)
-    """vllm-server: GPU that a server of the stage's own runs on, by its number among those that the stage sees. None:
-    the first, which is the policy's too."""
+    """vllm-server: first GPU that a server of the stage's own runs on, by its number among those that the stage sees.
+    Servers of further processes take those after it. None: the policy's own."""
+
+    tensor_parallel: PositiveInt = execution(1)
+    """vllm-server: GPUs (on a CPU: processes) that a server of the stage's own divides each layer over, for a policy
+    that one of them cannot hold. On GPUs `server_gpu` says where they begin."""
 
     transport: Literal["auto", "memory", "ipc", "nccl"] = execution("auto")
     """vllm-server: how weights get there. memory: through memory of the machine, from any device to any. ipc: through
@@ -56,6 +56,14 @@ class EngineSettings(Settings):
 
     max_restarts: Annotated[int, Field(ge=0)] = execution(3)
     """How often in a row vLLM is started again when it fails, with the current policy, before the stage gives up."""
+
+    @model_validator(mode="after")
+    def _divides_its_own_server(self) -> EngineSettings:
+        if self.tensor_parallel > 1 and self.engine != "vllm-server":
+            refuse({"tensor_parallel": f"of `engine: vllm-server`; engine {self.engine} computes on one device"})
+        if self.tensor_parallel > 1 and self.address is not None:
+            refuse({"tensor_parallel": "the server at `address` was started with its own --tensor-parallel-size"})
+        return self
 
 
 class EvaluationSettings(EngineSettings):

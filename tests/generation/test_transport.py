@@ -11,7 +11,7 @@ import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from align.errors import ConfigError
-from align.generation.transport import HANDLE, choose_transport, from_json, split, to_json, visible_gpu
+from align.generation.transport import HANDLE, choose_transport, from_json, split, to_json, visible_gpus
 
 
 def place(gpu: str | None, nccl: bool = True) -> dict[str, Any]:
@@ -57,10 +57,11 @@ def test_a_way_that_there_is_not_is_refused(asked, ours, theirs, told):
 
 def test_a_server_sees_the_gpu_that_it_was_given():
     """Numbers count among the GPUs that this process sees, which may be few of the machine's."""
-    assert visible_gpu(1, 2, None) == "1"
-    assert visible_gpu(1, 2, "4,6") == "6"
-    with pytest.raises(ConfigError, match=r"rollout\.server_gpu 2: this process sees 2 GPUs"):
-        visible_gpu(2, 2, "4,6")
+    assert visible_gpus([1], 2, None) == "1"
+    assert visible_gpus([1], 2, "4,6") == "6"
+    assert visible_gpus([1, 2], 3, "4,6,7") == "6,7"
+    with pytest.raises(ConfigError, match=r"the server wants GPU 1 to 2; this process sees 2"):
+        visible_gpus([1, 2], 2, "4,6")
 
 
 def test_a_handle_goes_through_json():

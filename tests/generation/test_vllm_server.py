@@ -108,7 +108,7 @@ def new_engine(folder: Path, weights: Any, **options: Any) -> VllmServerEngine:
     return VllmServerEngine(folder, weights, dtype=torch.float32, max_length=64, max_sequences=8, **options)
 
 
-def serve(folder: Path, *, is_tied: bool, keeps_policy: bool = False) -> Served:
+def serve(folder: Path, *, is_tied: bool, **options: Any) -> Served:
     model = new_model(folder, is_tied=is_tied)
     notices: list[str] = []
     engine = new_engine(
@@ -116,7 +116,7 @@ def serve(folder: Path, *, is_tied: bool, keeps_policy: bool = False) -> Served:
         model.named_parameters,
         timeouts=PATIENT,
         max_restarts=2,
-        keeps_policy=keeps_policy,
+        **options,
         log=folder / "server.log",
         notice=notices.append,
     )
@@ -150,6 +150,19 @@ def test_log_probabilities_are_the_policys_whatever_its_weights(which, request):
         assert one.worst(samples) < EXACT
         rows.append(samples.rows())
     assert rows[0] != rows[1]
+
+
+def test_a_server_may_divide_each_layer_over_two_workers(tmp_path):
+    """Each takes its part of every weight, of the fused projections and of the vocabulary too: heads, and rows of
+    embeddings, are here and there. Both have them after each hand-over."""
+    one = serve(tmp_path, is_tied=False, tensor_parallel=2)
+    try:
+        assert len(one.engine.client.ask_workers("align_place", timeout=PATIENT.sync)) == 2
+        for seed in (1, 2):
+            one.change(seed)
+            assert one.worst(one.engine.generate(PROMPTS, sampling())) < EXACT
+    finally:
+        one.engine.close()
 
 
 def test_the_way_of_the_weights_is_named(served):

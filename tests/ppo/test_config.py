@@ -31,6 +31,7 @@ LORA = {"rank": 4, "alpha": 8}
             "rollout.max_staleness",
             "within 4 rollouts, so the oldest token is at most 3 old",
         ),
+        (Config, {"rollout": {"tensor_parallel": 2}}, "rollout.tensor_parallel", "engine auto computes on one device"),
         (Config, {"rollout": {"overlap": True}}, "rollout.overlap", "auto samples in the trainer's process"),
         (
             RlooConfig,
