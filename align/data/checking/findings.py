@@ -45,6 +45,7 @@ class Rule:
 
 RULES: dict[str, Rule] = {
     "duplicate": Rule(Severity.WARNING, "it counts double", True),
+    "near duplicate": Rule(Severity.WARNING, "it counts nearly double", True),
     "repeated prompt": Rule(Severity.HINT, "PPO asks each prompt once", True),
     "contradiction": Rule(Severity.WARNING, "which of them is right cannot be told", True),
     "chosen and rejected": Rule(Severity.HINT, "right for rankings of several answers, else a contradiction"),
