@@ -65,7 +65,7 @@ class ReadSettings(Settings):
     authors advise, and all for other data."""
 
     score_ratio: Annotated[float, Field(ge=1)] = 2.0
-    """Pairs whose `score_ratio` is below are left out and counted, as SHP's authors advise; 1 keeps all. For SHP only."""
+    """Of SHP, pairs whose `score_ratio` is below this are left out and counted, as its authors advise; 1 keeps all."""
 
     system: str | None = None
     """System message put before every prompt that has none."""

@@ -38,6 +38,8 @@ class Repeats:
         self._near.add(said[:end], said[end:])
         if isinstance(row, Preference):
             *_, chosen, rejected = said
+            if chosen == rejected:
+                self._findings.row("alike answers", position, "its answers differ only in their Unicode form")
             self._labelled.add(key.hex(), *sorted((chosen, rejected)))
             self._labels.append(chosen < rejected)
             self._answers.add(key.hex(), chosen)
