@@ -81,7 +81,7 @@ def script(said: Sequence[str]) -> str:
 
 
 class Patterns:
-    """Personal data, secrets, what is no text or not seen, and labels in prompts. What was found is not repeated in the message."""
+    """Personal data, secrets, what is no text or not seen, and labels in prompts. What was found is not repeated."""
 
     def __init__(self, findings: Findings):
         self._findings = findings
