@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,7 +76,7 @@ def check(
     if as_json:
         print(json.dumps(checked.as_json() | {"fixed": fixed}, indent=2, ensure_ascii=False))
     else:
-        print_checked(checked, fixed)
+        print_checked(checked, fixed, shlex.join(arguments), has_tokenizer=tokenizer is not None)
     if checked.incurable or (checked.has_errors and fixed is None):
         raise typer.Exit(DataError.exit_code)
 

@@ -14,7 +14,7 @@ from tokenizers.normalizers import Lowercase
 from align.data.checking.check import Checked, Order, check, guess_role
 from align.data.checking.findings import SHOWN, Finding, Severity
 from align.data.checking.index import Index
-from align.data.checking.near import BINS, Near, signature
+from align.data.checking.near import ALIKE, BINS, Near, signature
 from align.data.checking.preferences import binomial_tail
 from align.data.checking.texts import is_card_number, personal_data, script
 from align.data.render import Renderer
@@ -161,6 +161,14 @@ def test_signatures_agree_in_the_share_of_runs_that_both_have() -> None:
         a, b = (signature([" ".join(word.replace(" ", "-") for word in part)]) for part in (words[:104], words[50:]))
         shares.append(sum(map(eq, a, b)) / BINS)
     assert sum(shares) / len(shares) == pytest.approx(1 / 3, abs=0.048)
+
+
+def test_short_texts_are_estimated_as_well() -> None:
+    """Two texts of two runs, of which one is in both: a similarity of 1 / 3, whatever bins the runs fall into. Of 100
+    pairs none is estimated at 0.8, (0.8 - 1/3) / sqrt(1/3 * 2/3 / 32) = 5.6 standard errors above."""
+    for number in range(100):
+        a, b = (signature([f"the opposite of {number} is {word}"]) for word in ("dark", "heavy"))
+        assert sum(map(eq, a, b)) < ALIKE * BINS
 
 
 def test_many_like_rows_are_each_compared_with_few() -> None:
@@ -452,6 +460,14 @@ def test_a_template_that_refuses() -> None:
     severity, count, (place,) = found("template refuses", result)
     assert (severity, count, left_out(result)) == ("error", 1, [1])
     assert "no system" in place
+
+
+def test_a_template_that_drops_a_turn() -> None:
+    """It knows no system messages, and says nothing about them."""
+    template = "{%- for message in messages if message.role != 'system' -%}" + CHATML.split("-%}", 1)[1]
+    result = with_tokens(shown(1) | {"system": "Be kind."}, shown(2), template=template)
+    what = "1: the chat template leaves out what message 1 says, by `system`"
+    assert found("template drops", result) == ("error", 1, [what])
 
 
 def test_a_template_without_a_right_loss_mask() -> None:

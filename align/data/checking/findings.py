@@ -63,6 +63,7 @@ RULES: dict[str, Rule] = {
     "other script": Rule(Severity.HINT, "most rows are written in another one"),
     "control text": Rule(Severity.ERROR, "it would be read as the end or start of a turn", True),
     "template refuses": Rule(Severity.ERROR, "remove the turn, or train with data.template=plain", True),
+    "template drops": Rule(Severity.ERROR, "the model would not see it: mend the chat template", True),
     "loss mask": Rule(Severity.ERROR, "use a template that does not rewrite earlier turns", True),
     "missing EOS": Rule(Severity.ERROR, "the model would never learn to stop: mend the chat template", True),
     "double BOS": Rule(Severity.ERROR, "mend the chat template: it writes BOS twice"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from operator import eq
+from random import Random
 from zlib import crc32
 
 from align.data.checking.index import Index
@@ -18,8 +19,10 @@ BANDS = 8
 ALIKE = 0.8
 """Share of the runs of words of two texts that both have (Jaccard), as estimated, from which on they are alike."""
 NONE = 2**32
-MIX, STEP = 0x9E3779B1, 0x01000193
-"""Odd numbers that spread hashes."""
+MIX = 0x9E3779B1
+"""An odd number that spreads hashes."""
+PROBES = [Random(place).sample(range(BINS), BINS) for place in range(BINS)]
+"""For each bin the order in which others lend to it."""
 
 
 class Near:
@@ -61,7 +64,8 @@ def signature(texts: Sequence[str]) -> list[int]:
     """The least hash of the runs of words in each of BINS bins. Two signatures agree in about the share of runs that
     both have. The same run counts as another one in another text of the list.
 
-    A bin without a run has a hash made of the next one's (densification by rotation: Shrivastava and Li 2014).
+    A bin without a run borrows the hash of another one, found by a walk of its own (optimal densification: Shrivastava
+    2017), so that short texts are estimated as well as long ones.
     """
     least = [NONE] * BINS
     for number, text in enumerate(texts):
@@ -71,9 +75,9 @@ def signature(texts: Sequence[str]) -> list[int]:
             value = crc32(run.encode(), number) * MIX % NONE
             if value < least[value % BINS]:
                 least[value % BINS] = value
-    if texts:
-        for place in reversed(range(2 * BINS)):
-            if least[place % BINS] == NONE:
-                following = least[(place + 1) % BINS]
-                least[place % BINS] = NONE if following == NONE else (following + STEP) % NONE
-    return least
+    if not texts:
+        return least
+    return [
+        value if value != NONE else least[next(other for other in PROBES[place] if least[other] != NONE)]
+        for place, value in enumerate(least)
+    ]
