@@ -37,7 +37,7 @@ class Near:
         """Adds a row. Both parts must be like those of another row: answers to one long prompt are not alike for it."""
         parts = (signature(asked), signature(answers))
         for number, band in enumerate(self._bands):
-            band.add(*(part[number::BANDS] for part in parts))
+            band.add_hash(hash((*parts[0][number::BANDS], *parts[1][number::BANDS])))
         for part in parts:
             self._marks += bytes(value & 0xFF for value in part)
 
