@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,10 +57,11 @@ def check(
 
     Exit code 3: there are errors (with --fix: that leaving rows out does not mend).
     """
-    from align.cli.findings import print_checked, progress
+    from align.cli.findings import print_checked
     from align.data.checking.check import Order
     from align.data.checking.check import check as check_rows
     from align.data.checking.clean import refuse_target
+    from align.data.progress import progress
 
     if fix is not None:
         refuse_target(fix)
@@ -74,7 +76,7 @@ def check(
     if as_json:
         print(json.dumps(checked.as_json() | {"fixed": fixed}, indent=2, ensure_ascii=False))
     else:
-        print_checked(checked, fixed)
+        print_checked(checked, fixed, shlex.join(arguments), has_tokenizer=tokenizer is not None)
     if checked.incurable or (checked.has_errors and fixed is None):
         raise typer.Exit(DataError.exit_code)
 
@@ -160,8 +162,8 @@ def _renderer(folder: Path | None) -> Renderer | None:
 
 def _fixed(order: Order, checked: Checked, path: Path) -> dict[str, object] | None:
     """Writes the clean copy and says what is in it; None where leaving rows out would not make it clean."""
-    from align.cli.findings import progress
     from align.data.checking.clean import rejected_beside, write_clean
+    from align.data.progress import progress
 
     if checked.incurable:
         return None

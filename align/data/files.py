@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from align.data.faults import FileFault, LeftOut, RowFault
 from align.data.mapping import check_mapped, renamed, renamed_columns
 from align.data.messages import optional_text, with_system
 from align.data.readers import RawRow, read, survey
-from align.data.rows import Row
+from align.data.rows import Judgement, Preference, Row
 from align.data.shapes import Grouped, Item, Parsed, Shape
 from align.data.sources import DataFile
 from align.data.split import digest, prompt_key, text_key
@@ -80,12 +81,14 @@ class FileRows:
             check_mapped(self._columns, settings.columns)
             ours = renamed_columns(self._columns, settings.columns)
             self.shape = detect(ours, [renamed(row, settings) for row in sample], settings, role)
+        self._pairs: defaultdict[bytes, float] = defaultdict(float)
         self._filled = [name for name in NOT_TEXT if name in self._columns]
         self._others = self._ignored() if keeps_others else ()
 
     def __iter__(self) -> Iterator[Keyed | RowProblem]:
         refuse_change(self.file.path, self._version)
         self.rows = self.kept = self.blank_lines = 0
+        self._pairs = defaultdict(float)
         faults: set[str] = set()
         num_faults, hint = 0, ""
         for number, found in self._found():
@@ -178,4 +181,18 @@ class FileRows:
         key = digest(prompt_key(parsed.prompt) if parsed.prompt else text_key(parsed.answers[0]))
         parsed = replace(parsed, prompt=with_system(parsed.prompt, self._settings.system))
         for place, row in canonical(parsed, shape, self.role, self._settings.pairs, self.file.name, number):
-            yield place, row if isinstance(row, RowFault) else Keyed(row, key, others)
+            found = row if isinstance(row, RowFault) else self._unwanted(row, parsed, shape, key)
+            yield place, found or Keyed(row, key, others)  # type: ignore[arg-type]
+
+    def _unwanted(self, row: Row, parsed: Parsed, shape: Shape, key: bytes) -> LeftOut | None:
+        """Why a row that was made of a pair is left out, by `score_ratio` or `pairs_per_prompt`."""
+        if shape.kind is not Role.PREFERENCES or not isinstance(row, Preference | Judgement):
+            return None
+        least, most = self._settings.score_ratio, self._settings.pairs_per_prompt or shape.pairs_per_prompt
+        if parsed.ratio is not None and parsed.ratio < least:
+            return LeftOut("close scores", f"`score_ratio` is {parsed.ratio:g}, below {least:g}")
+        if most is not None:
+            self._pairs[key] += 1 if isinstance(row, Preference) else 0.5  # a pair is two judgements
+            if self._pairs[key] > most:
+                return LeftOut("many pairs", f"its prompt has {most} pairs already")
+        return None

@@ -21,6 +21,7 @@ from align.data.faults import FileFault
 from align.data.files import FileReport, FileRows, RowProblem
 from align.data.mapping import mapping_problems
 from align.data.mixture import mixed
+from align.data.progress import Advance, counted, progress, unwatched
 from align.data.rows import Row
 from align.data.sources import DataFile, files_of, shown_path
 from align.data.split import Keys, split
@@ -68,10 +69,11 @@ def load(settings: DataSettings, role: Role) -> Dataset:
     if wrong_names := _wrong_names(settings):
         raise DataError(wrong_names)
     evaluated, contamination = read_evaluated(settings.decontaminate)
-    train = Found(role, contamination=contamination)
-    ranges = {name: train.read(part.path, part) for name, part in parts.items()}
-    held_out = Found(role, is_held_out=True)
-    held_out.read(settings.held_out_path, settings)
+    with progress("reading") as watch:
+        train = Found(role, contamination=contamination, watch=watch)
+        ranges = {name: train.read(part.path, part) for name, part in parts.items()}
+        held_out = Found(role, is_held_out=True, watch=watch)
+        held_out.read(settings.held_out_path, settings)
     may_skip = settings.on_bad == "skip"
     _raise_problems([train, held_out], evaluated, may_skip=may_skip)
     chosen = mixed(train.keys, list(ranges.values()), list(parts.values()))[: settings.max_rows]
@@ -125,6 +127,8 @@ class Found:
     role: Role
     is_held_out: bool = False
     contamination: Contamination | None = None
+    watch: tuple[Advance, Advance] = (unwatched, unwatched)
+    """Told of rows that were read, and of rows to be read."""
     rows: Spool[Row] = field(init=False)
     keys: Keys = field(default_factory=Keys)
     bad: Spool[RowProblem] = field(default_factory=lambda: Spool(RowProblem))
@@ -155,7 +159,9 @@ class Found:
         self._seen.add(file.path.resolve())
         reader = FileRows(file, settings, self.role)
         ties: Spool[RowProblem] = Spool(RowProblem)
-        for found in reader:
+        advance, expect = self.watch
+        expect(reader.num_rows)
+        for found in counted(reader, advance):
             if isinstance(found, RowProblem):
                 is_tie = found.kind == "tie"
                 (ties if is_tie else self.bad if found.is_bad else self.left_out).append(found)

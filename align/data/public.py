@@ -54,8 +54,11 @@ def compared(columns: Sequence[str], prefers_second: Callable[[RawRow], float], 
     return parse
 
 
-def shp(row: RawRow) -> float:
-    return -1 if choice(row, "labels", (0, 1)) else 1
+def shp(row: RawRow) -> Parsed:
+    """Two comments on a post; label 1: the first is better."""
+    answers = [text(row, column) for column in ("human_ref_A", "human_ref_B")]
+    ratio = number(row, "score_ratio") if "score_ratio" in row else None
+    return Parsed(prompt(row, "history"), answers if choice(row, "labels", (0, 1)) else answers[::-1], ratio=ratio)
 
 
 def which(column: str, row: RawRow) -> float:
@@ -200,8 +203,10 @@ PUBLIC = (
     Shape(
         Role.PREFERENCES,
         ("history", "human_ref_A", "human_ref_B", "labels"),
-        compared(("human_ref_A", "human_ref_B"), shp, "history"),
+        shp,
+        ("score_ratio",),
         data_set="SHP",
+        pairs_per_prompt=5,
     ),
     *(
         Shape(

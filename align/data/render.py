@@ -110,13 +110,20 @@ class Renderer:
 
     def _text(self, messages: Sequence[Message], source: str = "", add_generation_prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:  # templates refuse roles and orders that they do not know
             what = f"the chat template refuses this conversation: {error}"
             hint = "remove the turn, or data.template=plain"
             raise DataError(RowProblem(source or "prompt", what, hint, "template refuses")) from error
+        for number, message in enumerate(messages, start=1):
+            # Templates may strip texts, and quote what tools say.
+            if message["role"] != "tool" and message["content"].strip() not in text:
+                what = f"the chat template leaves out what message {number} says, by `{message['role']}`"
+                hint = "remove the turn, or data.template=plain"
+                raise DataError(RowProblem(source or "prompt", what, hint, "template drops"))
+        return text
 
     def _encode(self, text: str) -> list[int]:
         """Ids of text that is not a whole prompt, or whose template has written its BOS already."""

@@ -38,6 +38,8 @@ class Parsed:
     """One for each answer: then these say which is better, whatever the order."""
     places: list[int] | None = None
     """The row that each answer came from, where several rows were put together."""
+    ratio: float | None = None
+    """How many times the score of the worse answer the better one has, where the file says."""
 
 
 Item = tuple[Any, ...]
@@ -70,6 +72,8 @@ class Shape:
     """Which of several scores it reads (`data.score`)."""
     data_set: str = ""
     """The public data set that has this shape; empty for shapes that any file may have."""
+    pairs_per_prompt: int | None = None
+    """At most so many, unless the setting says otherwise."""
 
     @property
     def name(self) -> str:

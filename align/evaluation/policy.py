@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from align.evaluation.statistics import mean_interval, share_interval
 from align.generation.engine import RolloutEngine, Samples, Sampling
 from align.models.roles import Role
 from align.recipe.engine_settings import EvaluationSettings
+from align.rewards.functions import imported
 
 GoldScorer = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 RewardScorer = Callable[[Sequence[Sequence[Message]], Sequence[list[int]], Samples], torch.Tensor]
@@ -27,11 +27,7 @@ def load_gold(name: str | None) -> GoldScorer | None:
     not give a score for each response: it is the user's code."""
     if name is None:
         return None
-    module, _, function = name.partition(":")
-    try:
-        scorer = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"evaluation.gold: cannot import {name!r}: {error}; expected module:function") from error
+    scorer = imported(name, "evaluation.gold")
 
     def gold(questions: Sequence[str], texts: Sequence[str]) -> list[float]:
         try:

@@ -24,7 +24,7 @@ from align.recipe.load import Recipe
 from align.recipe.shipped import shipped_folder
 from align.records import fingerprint, write_json
 
-VERSION = 1
+VERSION = 2
 """Goes up whenever the same data would be reported otherwise."""
 
 CARDS = "data_cards"

@@ -60,6 +60,13 @@ class ReadSettings(Settings):
     """Which pairs are made of answers with scores or ranks. extremes: the best against the worst. best: the best
     against each other one. all: every two. Pairs with equal scores are left out and counted."""
 
+    pairs_per_prompt: PositiveInt | None = None
+    """At most so many pairs of a prompt, the first ones; the others are left out and counted. None: 5 for SHP, as its
+    authors advise, and all for other data."""
+
+    score_ratio: Annotated[float, Field(ge=1)] = 2.0
+    """Of SHP, pairs whose `score_ratio` is below this are left out and counted, as its authors advise; 1 keeps all."""
+
     system: str | None = None
     """System message put before every prompt that has none."""
 

@@ -82,7 +82,7 @@ def _reason(path: KeyPath, items: list[ErrorDetails], model: type[Settings], pre
     item = items[0]
     kind, context, given = item["type"], item.get("ctx", {}), item["input"]
     if kind == "extra_forbidden":
-        return "no such setting", _suggest(path, model, prefix)
+        return "no such setting", _missing_space(path, given) or _suggest(path, model, prefix)
     if kind == "missing":
         return ("a value is missing here" if isinstance(path[-1], int) else REQUIRED), ""
     if kind in ("literal_error", "enum"):
@@ -96,6 +96,12 @@ def _reason(path: KeyPath, items: list[ErrorDetails], model: type[Settings], pre
     if _wanted(items):
         return f"expected {' or '.join(_wanted(items))}, got {_shown(given)}", _name_first(path, model)
     return f"{item['msg'][0].lower()}{item['msg'][1:]}, got {_shown(given)}", ""
+
+
+def _missing_space(path: KeyPath, given: Any) -> str:
+    """The hint for `{key:value}`, which to YAML is a key without a value."""
+    key, colon, value = str(path[-1]).partition(":")
+    return f"write `{key}: {value}`, with a space after the colon" if colon and given is None else ""
 
 
 def _name_first(path: KeyPath, model: type[Settings]) -> str:

@@ -21,11 +21,19 @@ USERS_FAULTS = (Exception, SystemExit)
 
 
 def load_function(name: str, where: str) -> RewardFunction:
-    """The function that the recipe calls `name` at `where`; the current folder counts, and comes first.
+    """The reward function that the recipe calls `name` at `where`.
 
     Raises ConfigError when it cannot be imported, cannot be called with one RewardBatch, or says by its annotations
     that it does something else.
     """
+    function = imported(name, where)
+    _check_signature(function, name, where)
+    return function
+
+
+def imported(name: str, where: str) -> Any:
+    """What the recipe calls `module:function` at `where`; the current folder counts, and comes first. Raises
+    ConfigError."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise ConfigError(Problem(where, f"{name!r} is not the name of a function", "wanted module:function"))
@@ -41,7 +49,6 @@ def load_function(name: str, where: str) -> RewardFunction:
     if function is None:
         own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ConfigError(Problem(where, f"{module_name} has no function {attribute!r}", did_you_mean(attribute, own)))
-    _check_signature(function, name, where)
     return function
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset as RowDataset
+from datasets import Dataset as Table
 from transformers import set_seed
 
 from align.context import Context
@@ -22,7 +22,7 @@ from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
 from align.training.prepared import prepared
 from align.training.responses import Reference, open_reference, reference_role, warn_of_displacement
-from align.training.rows import TokenRow, judgement_row
+from align.training.rows import judgement_row
 from align.training.trainer import run_training, trainer_arguments
 from stages.kto.config import Config
 from stages.kto.losses import class_weights
@@ -40,12 +40,11 @@ def run(config: Config, context: Context) -> StageResult:
     own = list({str(prompt.messages): prompt for prompt in rows.prompts}.values())
     prompts = held_out_prompts(evaluation, own, rows.trained_on)
 
-    train = list(rows.train)
-    weighing = weigh(config, train, context.job.stage)
+    weighing = weigh(config, rows.train.table, context.job.stage)
     model = add_lora(opened.model, config.lora) if config.lora else opened.model
     reference = open_reference(context, template, precompute=config.precompute_reference, has_adapter=bool(config.lora))
     sample = sampler(context, evaluation, model, opened.renderer, prompts)
-    train_policy(config, context, model, reference, opened, train, weighing, sample)
+    train_policy(config, context, model, reference, opened, rows.train.table, weighing, sample)
     probes = [row["prompt_ids"] + row["response_ids"] for row in (rows.held_out or rows.train)[:NUM_PROBES]]
     counts = {
         "good_weight": weighing.good_weight,
@@ -63,9 +62,9 @@ def run(config: Config, context: Context) -> StageResult:
     return StageResult({**metrics, **counts}, handover)
 
 
-def weigh(config: Config, rows: Sequence[TokenRow], stage: str) -> Weighing:
+def weigh(config: Config, rows: Table, stage: str) -> Weighing:
     """The weights of good and bad answers in these rows. Raises DataError when there is no good or no bad one."""
-    num_good = sum(row["is_good"] for row in rows)
+    num_good = sum(rows["is_good"])
     if num_good in (0, len(rows)):
         missing = "bad" if num_good else "good"
         raise DataError(
@@ -81,7 +80,7 @@ def train_policy(
     model: Any,
     reference: Reference,
     opened: Opened,
-    train: Sequence[TokenRow],
+    train: Table,
     weighing: Weighing,
     sample: Callable[[int], None],
 ) -> None:
@@ -90,7 +89,7 @@ def train_policy(
         model,
         reference,
         trainer_arguments(config, context, config.optim, len(train)),
-        RowDataset.from_list(with_mismatches(train, config.max_length, context.seed("mismatches"))),
+        with_mismatches(train, config.max_length, context.seed("mismatches")),
         opened.tokenizer,
     )
     trainer.weighing = weighing

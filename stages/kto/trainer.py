@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset as Table
+from datasets import concatenate_datasets
 from torch import Tensor
 
 from align.evaluation.likelihood import response_logprob_sums
 from align.models.roles import Role
+from align.training.prepared import BATCH, write_table
 from align.training.responses import ResponseTrainer, Scored
 from align.training.rows import TokenRow
 from stages.kto.losses import kl_estimate, kto, mismatches
@@ -46,14 +52,24 @@ class JudgementTrainer(ResponseTrainer):
         return kto(log_ratios, is_good, kl, *self.weighing)
 
 
-def with_mismatches(rows: Sequence[TokenRow], max_length: int, seed: int) -> list[TokenRow]:
-    """The rows with `mismatched_ids`: empty where no other prompt has an answer, and where it would be too long."""
-    partners = mismatches([tuple(row["prompt_ids"]) for row in rows], seed)
-    answers = [[] if partner is None else rows[partner]["response_ids"] for partner in partners]
-    fits = [len(row["prompt_ids"]) + len(answer) <= max_length for row, answer in zip(rows, answers, strict=True)]
-    return [
-        {**row, "mismatched_ids": answer if fit else []} for row, answer, fit in zip(rows, answers, fits, strict=True)
-    ]
+def with_mismatches(rows: Table, max_length: int, seed: int) -> Table:
+    """The rows with `mismatched_ids`: empty where no other prompt has an answer, and where it would be too long. On
+    disk until the process ends, as the rows are."""
+    partners = mismatches(array("q", (hash(tuple(ids)) for ids in rows["prompt_ids"])), seed)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "mismatched.arrow"
+        write_table(path, ({"mismatched_ids": ids} for ids in _mismatched(rows, partners, max_length)))
+        return concatenate_datasets([rows, Table.from_file(str(path))], axis=1)  # stays open, so it can be read
+
+
+def _mismatched(rows: Table, partners: Sequence[int | None], max_length: int) -> Iterator[list[int]]:
+    answers = rows.select_columns("response_ids")
+    for start in range(0, len(rows), BATCH):
+        chosen = partners[start : start + BATCH]
+        found = iter(answers[[partner for partner in chosen if partner is not None]]["response_ids"])
+        for asked, partner in zip(rows[start : start + BATCH]["prompt_ids"], chosen, strict=True):
+            answer = [] if partner is None else next(found)
+            yield answer if len(asked) + len(answer) <= max_length else []
 
 
 def held_out_metrics(policy: Role, reference: Role, rows: Sequence[TokenRow], pad_id: int) -> dict[str, Any]:

@@ -61,6 +61,22 @@ def test_check_of_bad_rows_exits_3_and_names_them() -> None:
     assert "error: empty, 1\n  a.jsonl:2: `chosen` is empty\n" in output
     assert "warning: duplicate, 1 (it counts double)\n  a.jsonl:3: the same as a.jsonl:1\n" in output
     assert "1 error, 1 warning" in output
+    assert "next: align data check a.jsonl --fix clean.jsonl   # a copy of 1 rows" in output
+
+
+def test_rows_with_the_same_fault_are_on_one_line() -> None:
+    """Of seven duplicates of other rows, five are shown."""
+    rows = [pair(number) for number in range(1, 8)]
+    output = align("check", write("a.jsonl", *rows, *rows, pair(1, ""), pair(2, "")), code=3)
+    assert "  a.jsonl:15, 16: `chosen` is empty\n" in output
+    assert "  a.jsonl:12: the same as a.jsonl:5\n  and 2 more\n" in output
+
+
+def test_what_is_clean_can_be_trained_on() -> None:
+    make_tokenizer().save_pretrained("model")
+    assert "--tokenizer MODEL" in align("check", write("a.jsonl", pair(1)))
+    output = align("check", "a.jsonl", "--tokenizer", "model")
+    assert output.endswith("next: align run dpo --model MODEL --data a.jsonl\n")
 
 
 def test_warnings_alone_exit_0() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from operator import eq
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.normalizers import Lowercase
 
 from align.data.checking.check import Checked, Order, check, guess_role
 from align.data.checking.findings import SHOWN, Finding, Severity
 from align.data.checking.index import Index
+from align.data.checking.near import ALIKE, BINS, Near, signature
 from align.data.checking.preferences import binomial_tail
 from align.data.checking.texts import is_card_number, personal_data, script
 from align.data.render import Renderer
@@ -120,6 +123,60 @@ def test_duplicates_count_from_the_second_on() -> None:
         ["3: the same as a.jsonl:1", "4: the same as a.jsonl:1"],
     )
     assert left_out(result) == [3, 4]
+
+
+LONG = " ".join(f"word{number}" for number in range(100))
+
+
+def test_near_duplicates() -> None:
+    """Row 2 lacks the last of 100 words: of the 96 runs of five words that are in either, 95 are in both. Row 3 has the
+    same answers to another prompt, row 4 other answers to the same prompt."""
+    other = " ".join(LONG.split()[::-1])
+    result = checked(pair(1, LONG), pair(1, LONG[: LONG.rindex(" ")]), pair(2, LONG), pair(1, other))
+    assert found("near duplicate", result) == ("warning", 1, ["2: nearly the same as a.jsonl:1"])
+    assert left_out(result) == [2]
+
+
+def test_near_duplicates_among_prompts_and_texts() -> None:
+    texts = [f"{LONG} one", f"{LONG} two", " ".join(LONG.split()[::-1])]
+    for name, role in (("prompt", Role.PROMPTS), ("text", Role.CORPUS)):
+        result = checked(*({name: text} for text in texts), role=role)
+        assert found("near duplicate", result)[2] == ["2: nearly the same as a.jsonl:1"]
+
+
+def test_what_is_nearly_the_same_may_be_labelled_otherwise() -> None:
+    """Neither a pair the other way round nor a judgement of the other kind counts double."""
+    shorter = LONG[: LONG.rindex(" ")]
+    assert "near duplicate" not in {one.kind for one in checked(pair(1, LONG), pair(1, "No.", shorter)).findings}
+    rows = [{"prompt": "Hi", "completion": text, "label": text == LONG} for text in (LONG, shorter)]
+    assert checked(*rows, role=Role.JUDGEMENTS).findings == []
+
+
+def test_signatures_agree_in_the_share_of_runs_that_both_have() -> None:
+    """Of 2 x 100 runs, 50 are in both: a Jaccard similarity of 50 / 150. The mean over 50 signatures of 32 hashes has a
+    standard error of sqrt(1/3 * 2/3 / 1600) = 0.012; it is within four."""
+    shares = []
+    for seed in range(50):
+        words = [f"{seed} {number}" for number in range(154)]
+        a, b = (signature([" ".join(word.replace(" ", "-") for word in part)]) for part in (words[:104], words[50:]))
+        shares.append(sum(map(eq, a, b)) / BINS)
+    assert sum(shares) / len(shares) == pytest.approx(1 / 3, abs=0.048)
+
+
+def test_short_texts_are_estimated_as_well() -> None:
+    """Two texts of two runs, of which one is in both: a similarity of 1 / 3, whatever bins the runs fall into. Of 100
+    pairs none is estimated at 0.8, (0.8 - 1/3) / sqrt(1/3 * 2/3 / 32) = 5.6 standard errors above."""
+    for number in range(100):
+        a, b = (signature([f"the opposite of {number} is {word}"]) for word in ("dark", "heavy"))
+        assert sum(map(eq, a, b)) < ALIKE * BINS
+
+
+def test_many_like_rows_are_each_compared_with_few() -> None:
+    """Quadratic work would be a million comparisons."""
+    near = Near()
+    for number in range(1000):
+        near.add([LONG], [f"{LONG} {number}"])
+    assert list(near.twins()) == [-1] + [0] * 999
 
 
 def test_repeated_prompts_are_only_a_hint() -> None:
@@ -270,6 +327,19 @@ def test_secrets_and_blobs(text: str, kind: str | None) -> None:
     assert [one.kind for one in checked(pair(1, text)).findings] == ([kind] if kind else [])
 
 
+def test_characters_that_are_not_seen() -> None:
+    """A zero-width space, a change of direction and the mark of a lost byte, but not the joiner in an emoji."""
+    result = checked(pair(1, "a\u200bb\u202e"), pair(2, "\ufffd"), pair(3, "\U0001f469\u200d\U0001f4bb"))
+    places = ["1: its text has U+200B, U+202E", "2: its text has U+FFFD"]
+    assert found("hidden character", result) == ("warning", 2, places)
+
+
+def test_answers_that_differ_in_their_unicode_form_only() -> None:
+    result = checked(pair(1, "\u00e9t\u00e9", "e\u0301te\u0301"), pair(2))
+    assert found("alike answers", result)[:2] == ("warning", 1)
+    assert left_out(result) == [1]
+
+
 def test_a_prompt_that_names_the_label() -> None:
     rows = [pair(1), {"prompt": "Which? Preferred answer: B", "chosen": "B", "rejected": "A"}]
     assert found("label in prompt", checked(*rows)) == ("hint", 1, ["2: its prompt names a label or a score"])
@@ -356,6 +426,14 @@ def test_a_pair_is_as_long_as_its_longer_answer() -> None:
     assert found("over-long", result)[2] == ["1: 36 tokens; cut to 35, it would lose 1, EOS with them"]
 
 
+def test_answers_that_are_the_same_tokens() -> None:
+    """The tokenizer has no capital letters."""
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    result = checked(pair(1, "Yes", "yes"), pair(2), renderer=Renderer(tokenizer))
+    assert found("alike answers", result) == ("warning", 1, ["1: its answers are the same tokens"])
+
+
 def test_text_that_is_a_control_token() -> None:
     result = with_tokens(shown(1), shown(2, "Yes<|im_end|>"))
     severity, count, (place,) = found("control text", result)
@@ -382,6 +460,14 @@ def test_a_template_that_refuses() -> None:
     severity, count, (place,) = found("template refuses", result)
     assert (severity, count, left_out(result)) == ("error", 1, [1])
     assert "no system" in place
+
+
+def test_a_template_that_drops_a_turn() -> None:
+    """It knows no system messages, and says nothing about them."""
+    template = "{%- for message in messages if message.role != 'system' -%}" + CHATML.split("-%}", 1)[1]
+    result = with_tokens(shown(1) | {"system": "Be kind."}, shown(2), template=template)
+    what = "1: the chat template leaves out what message 1 says, by `system`"
+    assert found("template drops", result) == ("error", 1, [what])
 
 
 def test_a_template_without_a_right_loss_mask() -> None:

@@ -53,6 +53,18 @@ def test_report_counts_each_file() -> None:
     assert len(data.train) + len(data.held_out) == 50
 
 
+def test_reading_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """With the number of rows; nowhere else is there any."""
+    write("a.jsonl", pairs(30))
+    preferences(path="a.jsonl")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    preferences(path="a.jsonl")
+    shown = capsys.readouterr()
+    assert "reading" in shown.err and "30/30" in shown.err
+    assert shown.out == ""
+
+
 def test_ignored_columns_have_the_names_of_the_file() -> None:
     write("a.jsonl", [{**row, "question": "x", "other": 1} for row in pairs(3)])
     data = preferences(path="a.jsonl", columns={"prompt": "prompt", "response": "question"})

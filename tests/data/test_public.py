@@ -17,6 +17,7 @@ import pytest
 from align.data.load import Dataset, load
 from align.data.public import SHAPES
 from align.data.rows import Demonstration, Judgement, Message, Preference, Prompt, Row
+from align.errors import DataError
 from align.recipe.data_settings import DataSettings, Role
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
@@ -483,6 +484,43 @@ def test_rows(case: Case) -> None:
     data = read(case)
     assert list(data.train) == case.expected
     assert [problem.kind for problem in data.report.skipped] == list(case.left_out)
+
+
+def shp(number: int, post: str = "How?", ratio: float = 2.0) -> dict:
+    texts = {"history": post, "human_ref_A": f"A {number}", "human_ref_B": f"B {number}"}
+    return {**SHP, **texts, "labels": 1, "score_ratio": ratio}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "left_out"),
+    [
+        ({}, [2, 3, 4, 5, 6, 8], {1: "close scores", 7: "many pairs"}),
+        ({"score_ratio": 1}, [1, 2, 3, 4, 5, 8], {6: "many pairs", 7: "many pairs"}),
+        ({"pairs_per_prompt": 2, "score_ratio": 3}, [], {}),
+        ({"pairs_per_prompt": 9}, [2, 3, 4, 5, 6, 7, 8], {1: "close scores"}),
+    ],
+)
+def test_filters_of_shp(settings: dict, kept: list[int], left_out: dict[int, str]) -> None:
+    """Row 1 has a ratio under 2; rows 1 to 7 are of one post, of which five are kept; row 8 is of another."""
+    rows = [shp(1, ratio=1.9), *(shp(number) for number in range(2, 8)), shp(8, "Why?")]
+    case = Case(rows, Role.PREFERENCES, [], settings)
+    if not kept:
+        with pytest.raises(DataError, match="`score_ratio` is 2, below 3"):
+            read(case)
+        return
+    data = read(case)
+    assert [row.source for row in data.train] == [f"rows.jsonl:{number}" for number in kept]
+    assert {int(one.where.split(":")[1]): one.kind for one in data.report.skipped} == left_out
+    assert len(read(case._replace(role=Role.JUDGEMENTS)).train) == 2 * len(kept)
+    assert len(read(case._replace(role=PROMPTS)).train) == len(rows)
+
+
+def test_pairs_of_a_prompt_are_limited_in_any_file() -> None:
+    """Four ranked answers make six pairs."""
+    rows = [{"prompt": "Which?", "responses": ["a", "b", "c", "d"], "scores": [4, 3, 2, 1]}]
+    data = read(Case(rows, Role.PREFERENCES, [], {"pairs": "all", "pairs_per_prompt": 4}))
+    assert [(row.chosen, row.rejected) for row in data.train] == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "c")]
+    assert [one.what for one in data.report.skipped] == ["its prompt has 4 pairs already"] * 2
 
 
 def prompt_of(row: Row) -> list[Message]:

@@ -138,7 +138,7 @@ def test_no_double_bos():
 def test_template_that_rewrites_earlier_turns_is_refused():
     """A template that drops the first turns' answers (as some reasoning models' do) would shift the mask: the error
     names file and row."""
-    rewriting = CHATML.replace("message['content']", "(message['content'] if loop.last else '...')", 1)
+    rewriting = CHATML.replace("message['content']", "(message['content'] + '...' * (not loop.last))", 1)
     renderer = Renderer(make_tokenizer(rewriting))
     with pytest.raises(DataError, match=r"talks\.jsonl:7: the chat template is not prefix-stable"):
         renderer.conversation(TALK, "talks.jsonl:7")

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from datasets import Dataset as Table
 from torch import Tensor
 
 from stages.kto.losses import class_weights, kl_estimate, kto, mismatches
@@ -96,12 +97,19 @@ def test_one_prompt_among_many_of_another():
 
 def test_mismatched_answers_fit():
     """prompt_ids + mismatched_ids has at most max_length tokens, or there is none: the model may have no more room."""
-    rows = [
-        {"prompt_ids": [1, 2], "response_ids": [3], "is_good": True},
-        {"prompt_ids": [4], "response_ids": [5, 6, 7], "is_good": False},
-    ]
+    rows = Table.from_list(
+        [
+            {"prompt_ids": [1, 2], "response_ids": [3], "is_good": True},
+            {"prompt_ids": [4], "response_ids": [5, 6, 7], "is_good": False},
+        ]
+    )
     assert [row["mismatched_ids"] for row in with_mismatches(rows, 4, seed=0)] == [[], [3]]
     assert [row["mismatched_ids"] for row in with_mismatches(rows, 5, seed=0)] == [[5, 6, 7], [3]]
+
+
+def test_answers_to_one_prompt_have_no_mismatch():
+    rows = Table.from_list([{"prompt_ids": [1], "response_ids": [2], "is_good": good} for good in (True, False)])
+    assert list(with_mismatches(rows, 9, seed=0)["mismatched_ids"]) == [[], []]
 
 
 def test_auc():

@@ -21,6 +21,7 @@ from stages import load_specs
         ("submit.env={a-b: c}", "'a-b' is not the name of an environment variable"),
         ("submit.env={HF_TOKEN: abc}", "secrets do not belong in a recipe"),
         ("submit.slurm.partiton=gpu", "no such setting (did you mean `partition`?)"),
+        ("submit.slurm={partition:gpu}", "no such setting (write `partition: gpu`, with a space after the colon)"),
         ("submit.nodes=0", "must be over 0, got 0"),
         ("submit.stages.ppo.nods=2", "no such setting (did you mean `nodes`?)"),
         ("submit.grace=5", "must be at least 30, got 5"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -21,6 +21,7 @@ from align.data.faults import FileFault, quoted
 from align.data.files import FileReport, FileRows, Keyed, RowProblem
 from align.data.load import TIES_LEFT_OUT, data_files, file_problem, read_evaluated
 from align.data.mapping import check_mapped, renamed, renamed_columns
+from align.data.progress import Advance, counted, unwatched
 from align.data.readers import survey
 from align.data.render import Renderer
 from align.data.rows import Row
@@ -35,11 +36,6 @@ GUESSED = (Role.JUDGEMENTS, Role.PREFERENCES, Role.DEMONSTRATIONS, Role.PROMPTS,
 FILE, EVALUATION = "file", "evaluation set"
 NOT_OF_ROWS = (FILE, EVALUATION)
 """Kinds of findings on whole files."""
-AT_ONCE = 500
-"""Rows between two reports of progress."""
-
-Advance = Callable[[int], None]
-"""Is told how many more rows were read."""
 
 
 class Check(Protocol):
@@ -131,7 +127,7 @@ def _held_in(file: DataFile, settings: ReadSettings) -> Role:
     raise FileFault(what, "with `--role` you hear what is missing")
 
 
-def check(order: Order, advance: Advance, expect: Advance = lambda number: None) -> Checked:
+def check(order: Order, advance: Advance, expect: Advance = unwatched) -> Checked:
     """Reads all files and looks at every row. `expect` is told once how many there are. Nothing that is wrong with them
     is raised."""
     findings = Findings()
@@ -167,7 +163,7 @@ def good_rows(order: Order, checked: Checked, advance: Advance) -> Iterator[Keye
     a file is another one by now."""
     for file in _files(order, Findings()):
         refuse_change(file.path, checked.versions[file.path])
-        for found in _counted(FileRows(file, order.settings, order.role, keeps_others=True), advance):
+        for found in counted(FileRows(file, order.settings, order.role, keeps_others=True), advance):
             if not isinstance(found, RowProblem):
                 yield found
 
@@ -209,7 +205,7 @@ def _files(order: Order, findings: Findings) -> Iterator[DataFile]:
 
 def _check_file(reader: FileRows, findings: Findings, checks: Sequence[Check], advance: Advance) -> FileReport:
     ties: Spool[RowProblem] = Spool(RowProblem)
-    for found in _counted(reader, advance):
+    for found in counted(reader, advance):
         if not isinstance(found, RowProblem):
             position = findings.new_row(found.row.source)
             for one in checks:
@@ -222,13 +218,3 @@ def _check_file(reader: FileRows, findings: Findings, checks: Sequence[Check], a
     for tie in ties:
         findings.bad_row(tie, Severity.WARNING if is_usual else Severity.ERROR)
     return reader.report(is_held_out=False)
-
-
-def _counted(reader: FileRows, advance: Advance) -> Iterator[Any]:
-    """The rows of a reader, with a report of progress now and then."""
-    number = 0
-    for number, found in enumerate(reader, start=1):
-        if number % AT_ONCE == 0:
-            advance(AT_ONCE)
-        yield found
-    advance(number % AT_ONCE)

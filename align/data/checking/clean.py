@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from align.data.checking.check import Advance, Checked, Order, good_rows
+from align.data.checking.check import Checked, Order, good_rows
 from align.data.faults import FileFault
 from align.data.files import Keyed
 from align.data.mapping import OUR_NAMES
+from align.data.progress import Advance
 from align.data.rows import Demonstration, Document, Judgement, Prompt, Row
 from align.errors import ConfigError, DataError, Problem
 from align.records import write_lines

@@ -45,8 +45,10 @@ class Rule:
 
 RULES: dict[str, Rule] = {
     "duplicate": Rule(Severity.WARNING, "it counts double", True),
+    "near duplicate": Rule(Severity.WARNING, "it counts nearly double", True),
     "repeated prompt": Rule(Severity.HINT, "PPO asks each prompt once", True),
     "contradiction": Rule(Severity.WARNING, "which of them is right cannot be told", True),
+    "alike answers": Rule(Severity.WARNING, "they differ in nothing that a model could learn", True),
     "chosen and rejected": Rule(Severity.HINT, "right for rankings of several answers, else a contradiction"),
     "flipped label": Rule(Severity.HINT, "read it: its words speak against its label"),
     "leaked prompt": Rule(Severity.ERROR, "what is measured on must not be trained on", True),
@@ -56,10 +58,12 @@ RULES: dict[str, Rule] = {
     "card number": Rule(Severity.HINT, "may be personal data"),
     "secret": Rule(Severity.WARNING, "a model could repeat it: revoke it", True),
     "blob": Rule(Severity.WARNING, "no text that a model should learn"),
+    "hidden character": Rule(Severity.WARNING, "it is not seen, or stands for what was lost; a model learns it"),
     "label in prompt": Rule(Severity.HINT, "a model would read the label instead of the answers"),
     "other script": Rule(Severity.HINT, "most rows are written in another one"),
     "control text": Rule(Severity.ERROR, "it would be read as the end or start of a turn", True),
     "template refuses": Rule(Severity.ERROR, "remove the turn, or train with data.template=plain", True),
+    "template drops": Rule(Severity.ERROR, "the model would not see it: mend the chat template", True),
     "loss mask": Rule(Severity.ERROR, "use a template that does not rewrite earlier turns", True),
     "missing EOS": Rule(Severity.ERROR, "the model would never learn to stop: mend the chat template", True),
     "double BOS": Rule(Severity.ERROR, "mend the chat template: it writes BOS twice"),

@@ -19,7 +19,11 @@ class Index:
 
     def add(self, *parts: object) -> None:
         """Adds an entry, which is equal to others with the same parts."""
-        self._hashes.append(int.from_bytes(digest(canonical_json(parts))[-8:]))
+        self.add_hash(int.from_bytes(digest(canonical_json(parts))[-8:]))
+
+    def add_hash(self, value: int) -> None:
+        """Adds an entry that is equal to others with the same hash."""
+        self._hashes.append(value % 2**64)
 
     def firsts(self) -> array[int]:
         """For each position, the first one with an equal entry: its own, where it is new."""

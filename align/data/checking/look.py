@@ -12,6 +12,7 @@ from align.data.checking.findings import Findings
 from align.data.checking.leaks import Leaks
 from align.data.contamination import Contamination
 from align.data.load import Dataset
+from align.data.progress import counted, progress
 from align.data.rows import Row
 from align.errors import DataError, Problem
 from align.recipe.data_settings import Role
@@ -33,14 +34,16 @@ def look(dataset: Dataset, role: Role, evaluated: Contamination | None = None) -
         leaks = [Leaks(findings, evaluated)]
     num_rows = len(dataset.train) + len(dataset.held_out)
     share = AT_MOST / num_rows
-    for rows, keys, wanted in (
-        (dataset.train, dataset.train_keys, [*checks, *leaks]),
-        (dataset.held_out, dataset.held_out_keys, checks),
-    ):
-        for row, key in _some(rows, keys, share):
-            position = findings.new_row(row.source)
-            for one in wanted:
-                one.add(position, row, key)
+    with progress("checking") as (advance, expect):
+        expect(min(num_rows, AT_MOST))
+        for rows, keys, wanted in (
+            (dataset.train, dataset.train_keys, [*checks, *leaks]),
+            (dataset.held_out, dataset.held_out_keys, checks),
+        ):
+            for row, key in counted(_some(rows, keys, share), advance):
+                position = findings.new_row(row.source)
+                for one in wanted:
+                    one.add(position, row, key)
     measured: dict[str, Any] = {}
     for one in checks:
         measured |= one.finish()

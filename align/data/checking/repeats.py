@@ -1,4 +1,4 @@
-"""Rows that are there twice, and labels that contradict each other."""
+"""Rows that are there twice or nearly twice, and labels that contradict each other."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from typing import Any
 
 from align.data.checking.findings import Findings
 from align.data.checking.index import Index
+from align.data.checking.near import Near
 from align.data.checking.texts import texts
-from align.data.rows import Judgement, Preference, Prompt, Row
+from align.data.rows import Demonstration, Judgement, Preference, Prompt, Row
 from align.data.split import text_key
+
+ANSWERS = {Preference: 2, Judgement: 1, Demonstration: 1}
+"""Texts of a row, from its end, that answer the others."""
 
 
 class Repeats:
@@ -22,15 +26,20 @@ class Repeats:
         self._labels = bytearray()
         self._answers = Index()
         """The chosen and the rejected answer of each pair, in turn."""
-        self._is_prompt = False
+        self._near = Near()
+        self._kind: type[Row] = Prompt
 
     def add(self, position: int, row: Row, key: bytes) -> None:
         """Keeps the hashes of a row."""
-        self._is_prompt = isinstance(row, Prompt)
+        self._kind = type(row)
         said = list(map(text_key, texts(row)))
         self._rows.add(key.hex(), said, row.is_good if isinstance(row, Judgement) else None)
+        end = len(said) - ANSWERS.get(type(row), 0)
+        self._near.add(said[:end], said[end:])
         if isinstance(row, Preference):
             *_, chosen, rejected = said
+            if chosen == rejected:
+                self._findings.row("alike answers", position, "its answers differ only in their Unicode form")
             self._labelled.add(key.hex(), *sorted((chosen, rejected)))
             self._labels.append(chosen < rejected)
             self._answers.add(key.hex(), chosen)
@@ -46,10 +55,13 @@ class Repeats:
         for position, other in enumerate(against):
             if other >= 0:
                 self._findings.row("contradiction", position, f"labelled the other way in {place(other)}")
-        kind = "repeated prompt" if self._is_prompt else "duplicate"
-        for position, first in enumerate(self._rows.firsts()):
+        kind = "repeated prompt" if self._kind is Prompt else "duplicate"
+        firsts, twins = self._rows.firsts(), self._near.twins()
+        for position, (first, twin) in enumerate(zip(firsts, twins, strict=True)):
             if position != first:
                 self._findings.row(kind, position, f"the same as {place(first)}")
+            elif twin >= 0 and (self._kind is not Judgement or self._labels[position] == self._labels[twin]):
+                self._findings.row("near duplicate", position, f"nearly the same as {place(twin)}")
         chosen = self._answers.opposites(bytes([0, 1]) * (len(self._labels)))[1::2] if self._answers else ()
         for position, other in enumerate(chosen):
             if other >= 0 > against[position]:

@@ -21,6 +21,8 @@ SECRET = re.compile(
     r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----"
 )
 LABEL = re.compile(r"\b(?:chosen|rejected|preferred|annotator|label|score|rating)(?:[ _-]?\w{1,20})?\s{0,3}[:=]", re.I)
+HIDDEN = re.compile("[\x00\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffd]")
+"""No width (but for joiners, which emoji have), another direction, another kind of newline, the mark of lost bytes."""
 REPEATED = re.compile(r"(.)\1{499}", re.DOTALL)
 LONGEST_WORD = 1000
 """Characters without space that are text; not of scripts that are written without spaces."""
@@ -79,7 +81,7 @@ def script(said: Sequence[str]) -> str:
 
 
 class Patterns:
-    """Personal data, secrets, what is no text, and labels in prompts. What was found is not repeated in the message."""
+    """Personal data, secrets, what is no text or not seen, and labels in prompts. What was found is not repeated."""
 
     def __init__(self, findings: Findings):
         self._findings = findings
@@ -92,6 +94,9 @@ class Patterns:
             self._findings.row("secret", position, "a key or token seems to be in its text")
         if any(map(is_blob, texts(row))):
             self._findings.row("blob", position, "a part of it is no text")
+        if hidden := sorted({letter for text in texts(row) for letter in HIDDEN.findall(text)}):
+            named = ", ".join(f"U+{ord(letter):04X}" for letter in hidden)
+            self._findings.row("hidden character", position, f"its text has {named}")
         if isinstance(row, Preference | Judgement) and any(LABEL.search(turn["content"]) for turn in row.prompt):
             self._findings.row("label in prompt", position, "its prompt names a label or a score")
 

@@ -9,7 +9,7 @@ from typing import Any
 from align.data.checking.findings import Findings, Severity
 from align.data.files import RowProblem
 from align.data.render import Renderer
-from align.data.rows import Demonstration, Document, Judgement, Prompt, Row
+from align.data.rows import Demonstration, Document, Judgement, Preference, Prompt, Row
 from align.errors import DataError, Problem
 
 SHARES = {"median": 0.5, "p95": 0.95, "max": 1}
@@ -40,9 +40,11 @@ class Tokens:
         bos = self._renderer.tokenizer.bos_token_id
         if bos is not None and asked[:2] == [bos, bos]:
             self._findings.row("double BOS", position, "it starts with two BOS tokens")
-        longest = max(answers, default=0)
+        longest = max(map(len, answers), default=0)
+        if isinstance(row, Preference) and answers[0] == answers[1]:
+            self._findings.row("alike answers", position, "its answers are the same tokens")
         self._lengths.append(len(asked) + longest)
-        self._answers.extend(answers)
+        self._answers.extend(map(len, answers))
         if self._max_length is not None and not isinstance(row, Document):  # documents are packed into blocks
             self._check_length(position, len(asked), longest)
 
@@ -62,8 +64,8 @@ class Tokens:
             }
         }
 
-    def _rendered(self, row: Row) -> tuple[list[int], list[int]]:
-        """Ids up to the last answer, and the number of tokens of each possible last answer. Raises DataError."""
+    def _rendered(self, row: Row) -> tuple[list[int], list[list[int]]]:
+        """Ids up to the last answer, and those of each possible last answer. Raises DataError."""
         render = self._renderer
         if isinstance(row, Document):
             return render.tokenizer(row.text)["input_ids"], []
@@ -72,11 +74,9 @@ class Tokens:
         if isinstance(row, Demonstration):
             ids, mask = render.conversation(row.messages, row.source)
             answer = next((place for place, counts in enumerate(reversed(mask)) if not counts), len(mask))
-            return ids[: len(ids) - answer], [answer]
+            return ids[: len(ids) - answer], [ids[len(ids) - answer :]]
         texts = [row.response] if isinstance(row, Judgement) else [row.chosen, row.rejected]
-        return render.prompt(row.prompt, row.source), [
-            len(render.response(row.prompt, text, row.source)) for text in texts
-        ]
+        return render.prompt(row.prompt, row.source), [render.response(row.prompt, text, row.source) for text in texts]
 
     def _check_length(self, position: int, asked: int, answer: int) -> None:
         """align never cuts a row; what another trainer would lose is told."""
