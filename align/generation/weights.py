@@ -18,7 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from align.generation.partitioned import is_partitioned, whole
+from align.models.partitioned import is_partitioned, whole
 from align.models.lora import without_wrapper
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")

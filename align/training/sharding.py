@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from transformers import Trainer
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import remove_hooks
 
 from align import ranks
+from align.recipe.training_settings import TrainingSettings
 from align.recipe.zero import FROM_RECIPE, read_zero
+from align.training.precision import trains_in_bfloat16
 
 
 def sharding_arguments(micro: int, accumulation: int, max_grad_norm: float, in_bfloat16: bool) -> dict[str, Any]:
@@ -29,6 +33,19 @@ def sharding_arguments(micro: int, accumulation: int, max_grad_norm: float, in_b
         "zero_force_ds_cpu_optimizer": False,  # the same AdamW wherever its state is
     }
     return {"deepspeed": settings}
+
+
+@contextmanager
+def loading(config: TrainingSettings) -> Iterator[None]:
+    """Inside, models are loaded in parts under ZeRO-3: no process ever has all weights. One in 4 bits is loaded whole,
+    and parted when training starts."""
+    settings = sharding_arguments(1, 1, 0.0, trains_in_bfloat16(config.precision)).get("deepspeed")
+    if settings is None or config.quantise or settings["zero_optimization"].get("stage") != 3:
+        yield
+        return
+    kept = HfDeepSpeedConfig(settings)  # from_pretrained heeds it while it exists
+    yield
+    del kept
 
 
 def _launched_with() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from align.recipe.training_settings import OptimSettings, TrainingSettings
 from align.records import read_manifest
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
 from align.training.division import DividedTrainer, OwnRows
-from align.training.precision import training_dtype
+from align.training.precision import trains_in_bfloat16
 from align.training.progress import StageProgress
 from align.training.sharding import ONE_PROCESS, describe, layout, leave_sharded, sharding_arguments, whole_while
 
@@ -50,8 +50,7 @@ def trainer_arguments(config: TrainingSettings, context: Context, optim: OptimSe
     """Arguments common to TRL's configs. Everything the library would otherwise decide by itself is decided here."""
     micro, accumulation = _micro_batches(config, context)
     steps = config.max_steps or max(1, math.ceil(rows * config.epochs / config.batch_size))
-    use_cuda = torch.cuda.is_available()
-    in_bfloat16 = use_cuda and training_dtype(config.precision) is torch.bfloat16
+    in_bfloat16 = trains_in_bfloat16(config.precision)
     return {
         **housekeeping_arguments(context),
         **optimiser_arguments(optim),
