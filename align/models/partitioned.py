@@ -17,9 +17,9 @@ def is_partitioned(parameter: Any) -> bool:
 
 @contextmanager
 def whole(parameters: Iterable[Any], writer: int | None = None) -> Iterator[None]:
-    """Inside, all of these parameters are whole; to be read, or written by one process for all. Where one is partitioned
-    all processes have to come here, with the same parameters and in the same order. DeepSpeed keeps small ones whole
-    all the time, and those are left alone: it would part with them too."""
+    """Inside, all of these parameters are whole; to be read, or written by one process for all. Where one is
+    partitioned all processes have to come here, with the same parameters and in the same order. DeepSpeed keeps small
+    ones whole all the time, and those are left alone: it would part with them too."""
     parted = [one for one in parameters if is_partitioned(one) and one.numel() < one.ds_numel]
     if not parted:
         yield

@@ -27,6 +27,14 @@ FOLDER = "launch"
 MACHINES_WAIT_S = 3600
 """Seconds that a machine waits for another one at the start of a stage: until that one has done what it does alone."""
 _PRECISION = {"bf16": "bfloat16"}
+FSDP = {
+    "fsdp_version": 2,
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "fsdp_reshard_after_forward": True,
+    "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+    "fsdp_cpu_ram_efficient_loading": False,
+}
+"""Of `fsdp_config` for `strategy: fsdp`."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,9 @@ def _own(nodes: NodesSettings, launch: LaunchSettings) -> dict[str, Any]:
         "distributed_type": "MULTI_GPU",  # also where there are only CPUs: MULTI_CPU wants MPI
         "num_processes": launch.processes,
     }
-    if launch.strategy != "ddp":
+    if launch.strategy == "fsdp":
+        config |= {"distributed_type": "FSDP", "fsdp_config": FSDP}
+    elif launch.strategy != "ddp":
         file = shipped_folder("deepspeed") / f"{launch.strategy.replace('-', '_')}.json"
         config["distributed_type"] = "DEEPSPEED"
         config["deepspeed_config"] = {"deepspeed_config_file": str(file), "zero3_init_flag": False}

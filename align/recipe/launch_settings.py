@@ -21,9 +21,10 @@ class LaunchSettings(Settings):
     processes: PositiveInt = 1
     """Processes in all, over all machines: one for each GPU. Rows of a batch are divided among them."""
 
-    strategy: Literal["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-nvme"] = "ddp"
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-nvme", "fsdp"] = "ddp"
     """ddp: each holds everything. zero1: a share of the optimiser's state; zero2: and of the gradients; zero3: and of
-    the weights (DeepSpeed). offload: the shares are in main memory; nvme: on a disk. Files of `deepspeed/`."""
+    the weights (DeepSpeed). offload: the shares are in main memory; nvme: on a disk. Files of `deepspeed/`. fsdp: as
+    zero3, with torch alone (FSDP2)."""
 
     config: str | None = execution(None, file=True)
     """A file of `accelerate config` to start with, instead of `processes` and `strategy`."""

@@ -1,4 +1,5 @@
-"""Models whose weights, gradients or optimiser states DeepSpeed shards over the processes (ZeRO), in TRL's trainers."""
+"""Models whose weights, gradients or optimiser states are sharded over the processes (DeepSpeed's ZeRO, FSDP), in TRL's
+trainers."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from trl.models.utils import remove_hooks
 from align import ranks
 from align.recipe.training_settings import TrainingSettings
 from align.recipe.zero import FROM_RECIPE, read_zero
+from align.training import fsdp
 from align.training.precision import trains_in_bfloat16
 
 
@@ -65,12 +67,13 @@ ONE_PROCESS = {"processes": 1, "zero": 0}
 def layout(accelerator: Accelerator) -> dict[str, Any]:
     """Who writes a checkpoint: others cannot read it."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return {"processes": accelerator.num_processes, "zero": plugin.zero_stage if plugin else 0}
+    sharded = {"fsdp": True} if accelerator.is_fsdp2 else {}
+    return {"processes": accelerator.num_processes, "zero": plugin.zero_stage if plugin else 0, **sharded}
 
 
 def describe(layout: dict[str, Any]) -> str:
     """A layout in words."""
-    how = f"zero{layout['zero']}" if layout["zero"] else "ddp"
+    how = "fsdp" if "fsdp" in layout else f"zero{layout['zero']}" if layout["zero"] else "ddp"
     return f"{layout['processes']} processes under {how}" if layout["processes"] > 1 else f"1 process under {how}"
 
 
@@ -92,12 +95,16 @@ def whole_while(trainer: Any, sample: Callable[[int], None] | None) -> Callable[
 def leave_sharded(trainer: Trainer) -> None:
     """After training: makes the weights of policy and reference whole in every process, for good. What is measured and
     saved from here on is an ordinary model."""
-    if layout(trainer.accelerator)["zero"] != 3:
-        return
+    models: list[Any] = [trainer.model_wrapped, getattr(trainer, "ref_model", None)]
+    for model in filter(None, models):
+        if trainer.accelerator.is_fsdp2:
+            fsdp.leave(model)
+        elif layout(trainer.accelerator)["zero"] == 3:
+            _leave_zero(model)
+
+
+def _leave_zero(engine: Any) -> None:
     import deepspeed
 
-    engines: list[Any] = [trainer.model_wrapped, getattr(trainer, "ref_model", None)]
-    for engine in engines:
-        if engine is not None:
-            remove_hooks(engine)
-            deepspeed.zero.GatheredParameters(list(engine.module.parameters())).__enter__()
+    remove_hooks(engine)
+    deepspeed.zero.GatheredParameters(list(engine.module.parameters())).__enter__()

@@ -22,6 +22,7 @@ from align.context import Context
 from align.errors import ConfigError, DistributedError, NumericError, Problem
 from align.recipe.training_settings import OptimSettings, TrainingSettings
 from align.records import read_manifest
+from align.training import fsdp
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
 from align.training.division import DividedTrainer, OwnRows
 from align.training.precision import trains_in_bfloat16
@@ -101,6 +102,11 @@ class CommittedTrainer(DividedTrainer):
     _total_train_tokens: float = 0
     """TRL's count of tokens seen. It is in every line of metrics, and TRL starts it at 0 when resuming."""
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Called by the library when the trainer is made."""
+        fsdp.allow_on_cpu()
+        super().create_accelerator_and_postprocess()
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch. Raises NumericError, before the backward pass, if it is not finite."""
         found = super().compute_loss(*args, **kwargs)
@@ -134,7 +140,8 @@ class CommittedTrainer(DividedTrainer):
         target = checkpoint_folder(self.context.checkpoints, step)
         facts = {"step": step, "tokens": self._total_train_tokens, "layout": layout(self.accelerator)}
         with ranks.committed_together(target, **facts) as folder:
-            if not self.is_deepspeed_enabled:  # which keeps the weights with the optimiser's state, in parts
+            # DeepSpeed and FSDP save the weights with the optimiser's state, in parts.
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 self.save_model(str(folder), _internal_call=True)
                 (folder / SAVED_BY_TRAINER).unlink(missing_ok=True)
             self._save_optimizer_and_scheduler(str(folder))

@@ -18,6 +18,7 @@ import torch
 from align import ranks
 from align.errors import AlignError
 from align.job import Input
+from align.pipeline.launch import FSDP
 from align.recipe.shipped import shipped_folder
 from tests.stages.harness import Run
 
@@ -26,8 +27,11 @@ torch.set_num_threads(1)
 
 def use(strategy: str) -> None:
     """What `accelerate launch` puts into the environment for a strategy."""
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(strategy != "ddp").lower()
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(shipped_folder("deepspeed") / f"{strategy}.json")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(strategy.startswith("zero")).lower()
+    file = shipped_folder("deepspeed") / f"{strategy.replace('-', '_')}.json"
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(file)
+    os.environ["ACCELERATE_USE_FSDP"] = str(strategy == "fsdp").lower()
+    os.environ |= {f"FSDP_{name.removeprefix('fsdp_').upper()}": str(value) for name, value in FSDP.items()}
 
 
 def run_case(folder: Path, policy: Input, case: dict[str, Any]) -> dict[str, Any]:
