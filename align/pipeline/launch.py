@@ -59,13 +59,22 @@ class Launch:
             return [sys.executable, *worker]
         arguments = ["--config_file", str(self._file(directory))]
         if self.accelerate["num_machines"] > 1:
-            arguments += ["--rdzv_conf", f"timeout={MACHINES_WAIT_S}"]  # the config has no place for it
+            arguments += _meeting(self.accelerate)
         return [sys.executable, "-m", "align.launcher", *arguments, *worker]
 
     def _file(self, directory: Path) -> Path:
         machine = (self.accelerate or {}).get("machine_rank", 0)
         stage = directory.parent.name
         return directory.parents[1] / FOLDER / (f"{stage}-{machine}.yaml" if machine else f"{stage}.yaml")
+
+
+def _meeting(config: dict[str, Any]) -> list[str]:
+    """Arguments of the launcher that make machines wait for each other: it takes them from no config."""
+    if config["rdzv_backend"] == "static":
+        return ["--rdzv_conf", f"timeout={MACHINES_WAIT_S}"]
+    is_host = str(config["machine_rank"] == 0).lower()
+    waits = f"join_timeout={MACHINES_WAIT_S},read_timeout={MACHINES_WAIT_S}"
+    return ["--rdzv_backend", config["rdzv_backend"], "--rdzv_conf", f"is_host={is_host},{waits}"]
 
 
 def stage_launch(node: Node, recipe: Recipe) -> Launch:
@@ -114,6 +123,8 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
     if said not in {None, False, "no", getattr(node.config, "precision", None)}:  # YAML reads `no` as false
         hint = f"remove it and set `{node.name}.precision`"
         yield Problem(f"{node.name}: mixed_precision", "the recipe says this", hint)
+    if config.get("distributed_type") == "FSDP":
+        yield from _fsdp_problems(node, config.get("fsdp_config") or {})
     if config.get("distributed_type") != "DEEPSPEED":
         return
     try:
@@ -130,6 +141,19 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
             if not Path(folder).is_dir():
                 hint = "mount a disk there, or name a copy of the file in an accelerate config: `launch.config`"
                 yield Problem(f"{node.name}.launch", f"{folder}: no such folder to move weights to", hint)
+
+
+def _fsdp_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
+    where = f"{node.name}: fsdp_config"
+    if config.get("fsdp_version") != FSDP["fsdp_version"]:
+        yield Problem(f"{where}.fsdp_version", "version 2 is needed", "set `fsdp_version: 2`")
+    if config.get("fsdp_activation_checkpointing"):
+        hint = f"remove it and set `{node.name}.gradient_checkpointing`"
+        yield Problem(f"{where}.fsdp_activation_checkpointing", "the recipe says this", hint)
+    if config.get("fsdp_state_dict_type", FSDP["fsdp_state_dict_type"]) != FSDP["fsdp_state_dict_type"]:
+        yield Problem(f"{where}.fsdp_state_dict_type", "each process saves its own part", "set SHARDED_STATE_DICT")
+    if getattr(node.config, "quantise", None):
+        yield Problem(f"{node.name}.lora.quantise", "FSDP cannot shard weights in 4 bits", "use another strategy")
 
 
 def _own(nodes: NodesSettings, launch: LaunchSettings) -> dict[str, Any]:
@@ -172,6 +196,6 @@ def _placed(config: dict[str, Any], nodes: NodesSettings) -> dict[str, Any]:
         "machine_rank": nodes.rank,
         "main_process_ip": nodes.address,
         "main_process_port": nodes.port,
-        "rdzv_backend": "static",
+        "rdzv_backend": nodes.rendezvous,
         "same_network": True,
     }

@@ -59,6 +59,10 @@ class NodesSettings(Settings):
     port: Annotated[int, Field(ge=1, le=65535)] = 29500
     """The first of as many free ports of machine 0 as there are stages."""
 
+    rendezvous: Literal["static", "c10d"] = "static"
+    """How processes get their numbers. static: by the `rank` of their machine. c10d: from the machines' meeting at
+    `address`; then it is enough that `rank` is 0 there and not 0 elsewhere."""
+
     @model_validator(mode="after")
     def _agree(self) -> NodesSettings:
         if self.rank >= self.count:
