@@ -111,7 +111,7 @@ def _problems(node: Node, settings: RecipeSettings, launch: Launch) -> Iterator[
             node.config.micro_batches(launch.processes)
         except ValueError as error:
             yield Problem(f"{node.name}.batch_size", str(error), "change it, micro_batch_size or launch.processes")
-    if settings.nodes.count > 1 and launch.processes % settings.nodes.count:
+    if launch.accelerate is not None and launch.processes % settings.nodes.count:
         what = f"{launch.processes} cannot be divided among {settings.nodes.count} machines"
         yield Problem(f"{node.name}: launch.processes", what)
     if launch.accelerate is not None:

@@ -16,8 +16,9 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import remove_hooks
 
 from align import ranks
+from align.errors import ConfigError, Problem
 from align.recipe.training_settings import TrainingSettings
-from align.recipe.zero import FROM_RECIPE, read_zero
+from align.recipe.zero import FROM_RECIPE, nvme_folders, read_zero
 from align.training import fsdp
 from align.training.precision import trains_in_bfloat16
 
@@ -26,7 +27,10 @@ def sharding_arguments(micro: int, accumulation: int, max_grad_norm: float, in_b
     """What the trainer is told of DeepSpeed: the launcher's file, and in all else the recipe. Empty without it."""
     if not ranks.uses_deepspeed():
         return {}
-    settings = _launched_with() | {
+    launched = _launched_with()
+    if nvme_folders(launched):
+        _check_disk_access()
+    settings = launched | {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm,  # by itself it clips to 1
@@ -58,6 +62,16 @@ def _launched_with() -> dict[str, Any]:
 
     inline = DeepSpeedPlugin().deepspeed_config
     return {key: value for key, value in inline.items() if key not in FROM_RECIPE}
+
+
+def _check_disk_access() -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        what = "DeepSpeed moves weights to a disk with libaio, and a program that uses it cannot be built here"
+        raise ConfigError(
+            Problem("launch.strategy", what, "install libaio with its headers (libaio-dev) and a compiler")
+        )
 
 
 ONE_PROCESS = {"processes": 1, "zero": 0}

@@ -89,8 +89,8 @@ def test_a_world_that_is_smaller_than_asked_for_is_refused(folders: list[Path]):
 
 
 def test_two_machines_meet_and_run_a_chain(world: World, tmp_path: Path):
-    """Two launchers with `rendezvous: c10d`. The second waits while the first trains `base` alone; then sft and dpo have
-    a process on each of them, and FSDP."""
+    """Two launchers with `rendezvous: c10d`. The second waits while the first trains `base` alone; then sft and dpo
+    have a process on each of them, and FSDP."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -103,7 +103,7 @@ def test_two_machines_meet_and_run_a_chain(world: World, tmp_path: Path):
         "sft": world.settings("sft", max_steps=2),
         "dpo": world.settings("dpo", max_steps=2),
     }
-    (tmp_path / "align.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "align.yaml").write_text(json.dumps(recipe))
     command = [*ALIGN, "run", "base", "sft", "dpo"]
     machines = [
         subprocess.Popen(
