@@ -58,5 +58,5 @@ def parts_hash(model: torch.nn.Module) -> str:
         if is_partitioned(parameter):
             with whole([parameter]):
                 digest.update(name.encode())
-                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

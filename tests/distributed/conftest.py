@@ -88,7 +88,7 @@ class World:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=1800,
+            timeout=900,
         )
         assert done.returncode == 0, done.stderr[-4000:]
 
