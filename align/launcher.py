@@ -11,8 +11,10 @@ import signal
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from align.errors import DistributedError
 from align.pipeline.folders import read_failure, write_failure
@@ -27,6 +29,8 @@ def main(arguments: list[str]) -> int:
         launch_command(launch_command_parser().parse_args(arguments))
     except ChildFailedError as error:
         return read_failure(directory) or _report(directory, error)
+    except (RendezvousError, dist.DistError) as error:
+        return _say(directory, DistributedError.exit_code, f"the machines did not find each other: {error}")
     return 0
 
 
@@ -40,6 +44,10 @@ def _report(directory: Path, error: ChildFailedError) -> int:
         code = 128 + number
     else:
         message, code = "a process on another machine ended; see what was said there", DistributedError.exit_code
+    return _say(directory, code, message)
+
+
+def _say(directory: Path, code: int, message: str) -> int:
     print(message, file=sys.stderr, flush=True)
     write_failure(directory, code, message)
     return code

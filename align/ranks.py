@@ -44,6 +44,10 @@ def join(timeout: float) -> None:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # by itself "cpu:0", which torch cannot load tensors to
     if on_cpu and uses_deepspeed():
         _deepspeed_on_cpu()
+    if uses_fsdp() and os.environ.get("FSDP_VERSION") != "2":
+        raise DistributedError("FSDP is started in its first version; set `fsdp_version: 2` in the accelerate config")
+    # By itself accelerate gives weights to the first process only, and each of them checks what it has loaded.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # Before anything of accelerate: made by itself, on a CPU, each process would train alone.
     PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout))
     if size() != wanted:
@@ -60,6 +64,11 @@ def leave() -> None:
 def uses_deepspeed() -> bool:
     """Whether the launcher was told to use DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def uses_fsdp() -> bool:
+    """Whether the launcher was told to use FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def size() -> int:

@@ -18,8 +18,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from align.generation.partitioned import is_partitioned, whole
 from align.models.lora import without_wrapper
+from align.models.partitioned import is_partitioned, whole
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 """The name of a layer, at the start of a weight's."""

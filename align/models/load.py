@@ -23,6 +23,7 @@ from transformers import (
 from align.data.tokenizer import tokenizer_of
 from align.errors import ArtifactError
 from align.job import Input
+from align.models.partitioned import whole
 
 OFFSET_FIELD = "reward_offset"
 """Name in config.json of what is added to the head's output; see align.models.reward."""
@@ -81,7 +82,8 @@ def new_reward(
     variance, so the standard deviation is 1/sqrt(d+1))."""
     model = _load(AutoModelForSequenceClassification, source, tokenizer, dtype, quantise, new_head=True, num_labels=1)
     head = model.score.weight
-    torch.nn.init.normal_(head, std=(head.shape[1] + 1) ** -0.5)
+    with whole([head], writer=0):
+        torch.nn.init.normal_(head, std=(head.shape[1] + 1) ** -0.5)
     return model
 
 
@@ -142,9 +144,10 @@ def _grow_embeddings(model: Any, size: int) -> None:
     the same model (policy and frozen reference) would differ."""
     old = model.get_input_embeddings().num_embeddings
     model.resize_token_embeddings(size, mean_resizing=False)
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if layer is not None:
+        for layer in layers:
+            with whole([layer.weight], writer=0):
                 layer.weight[old:] = layer.weight[:old].mean(0)
 
 

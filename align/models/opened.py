@@ -17,6 +17,7 @@ from align.job import Input
 from align.models.handover import probe_values, verify_loaded, verify_saved
 from align.models.load import load_policy, load_reward, load_tokenizer, local_folder, new_reward
 from align.models.lora import merged, save_adapter
+from align.models.partitioned import layer_by_layer
 from align.models.save import save_model
 
 Loader = Callable[[Input, PreTrainedTokenizerBase, torch.dtype, str | None], Any]
@@ -106,5 +107,6 @@ def _open(source: Input, template: Any, dtype: torch.dtype, quantise: str | None
     renderer = Renderer(tokenizer, template)
     model = load(source, tokenizer, dtype, quantise)
     folder = local_folder(source)
-    difference = verify_loaded(model, folder, tokenizer, renderer, source.source, quantised=bool(quantise))
+    with layer_by_layer(model):
+        difference = verify_loaded(model, folder, tokenizer, renderer, source.source, quantised=bool(quantise))
     return Opened(model, tokenizer, renderer, difference if quantise else None)

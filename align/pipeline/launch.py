@@ -27,6 +27,14 @@ FOLDER = "launch"
 MACHINES_WAIT_S = 3600
 """Seconds that a machine waits for another one at the start of a stage: until that one has done what it does alone."""
 _PRECISION = {"bf16": "bfloat16"}
+FSDP = {
+    "fsdp_version": 2,
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "fsdp_reshard_after_forward": True,
+    "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+    "fsdp_cpu_ram_efficient_loading": False,
+}
+"""Of `fsdp_config` for `strategy: fsdp`."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,22 @@ class Launch:
             return [sys.executable, *worker]
         arguments = ["--config_file", str(self._file(directory))]
         if self.accelerate["num_machines"] > 1:
-            arguments += ["--rdzv_conf", f"timeout={MACHINES_WAIT_S}"]  # the config has no place for it
+            arguments += _meeting(self.accelerate)
         return [sys.executable, "-m", "align.launcher", *arguments, *worker]
 
     def _file(self, directory: Path) -> Path:
         machine = (self.accelerate or {}).get("machine_rank", 0)
         stage = directory.parent.name
         return directory.parents[1] / FOLDER / (f"{stage}-{machine}.yaml" if machine else f"{stage}.yaml")
+
+
+def _meeting(config: dict[str, Any]) -> list[str]:
+    """Arguments of the launcher that make machines wait for each other: it takes them from no config."""
+    if config["rdzv_backend"] == "static":
+        return ["--rdzv_conf", f"timeout={MACHINES_WAIT_S}"]
+    is_host = str(config["machine_rank"] == 0).lower()
+    waits = f"join_timeout={MACHINES_WAIT_S},read_timeout={MACHINES_WAIT_S}"
+    return ["--rdzv_backend", config["rdzv_backend"], "--rdzv_conf", f"is_host={is_host},{waits}"]
 
 
 def stage_launch(node: Node, recipe: Recipe) -> Launch:
@@ -94,7 +111,7 @@ def _problems(node: Node, settings: RecipeSettings, launch: Launch) -> Iterator[
             node.config.micro_batches(launch.processes)
         except ValueError as error:
             yield Problem(f"{node.name}.batch_size", str(error), "change it, micro_batch_size or launch.processes")
-    if settings.nodes.count > 1 and launch.processes % settings.nodes.count:
+    if launch.accelerate is not None and launch.processes % settings.nodes.count:
         what = f"{launch.processes} cannot be divided among {settings.nodes.count} machines"
         yield Problem(f"{node.name}: launch.processes", what)
     if launch.accelerate is not None:
@@ -106,6 +123,8 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
     if said not in {None, False, "no", getattr(node.config, "precision", None)}:  # YAML reads `no` as false
         hint = f"remove it and set `{node.name}.precision`"
         yield Problem(f"{node.name}: mixed_precision", "the recipe says this", hint)
+    if config.get("distributed_type") == "FSDP":
+        yield from _fsdp_problems(node, config.get("fsdp_config") or {})
     if config.get("distributed_type") != "DEEPSPEED":
         return
     try:
@@ -124,6 +143,19 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
                 yield Problem(f"{node.name}.launch", f"{folder}: no such folder to move weights to", hint)
 
 
+def _fsdp_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
+    where = f"{node.name}: fsdp_config"
+    if config.get("fsdp_version") != FSDP["fsdp_version"]:
+        yield Problem(f"{where}.fsdp_version", "version 2 is needed", "set `fsdp_version: 2`")
+    if config.get("fsdp_activation_checkpointing"):
+        hint = f"remove it and set `{node.name}.gradient_checkpointing`"
+        yield Problem(f"{where}.fsdp_activation_checkpointing", "the recipe says this", hint)
+    if config.get("fsdp_state_dict_type", FSDP["fsdp_state_dict_type"]) != FSDP["fsdp_state_dict_type"]:
+        yield Problem(f"{where}.fsdp_state_dict_type", "each process saves its own part", "set SHARDED_STATE_DICT")
+    if getattr(node.config, "quantise", None):
+        yield Problem(f"{node.name}.lora.quantise", "FSDP cannot shard weights in 4 bits", "use another strategy")
+
+
 def _own(nodes: NodesSettings, launch: LaunchSettings) -> dict[str, Any]:
     """The accelerate config for `processes` and `strategy`."""
     config: dict[str, Any] = {
@@ -131,7 +163,9 @@ def _own(nodes: NodesSettings, launch: LaunchSettings) -> dict[str, Any]:
         "distributed_type": "MULTI_GPU",  # also where there are only CPUs: MULTI_CPU wants MPI
         "num_processes": launch.processes,
     }
-    if launch.strategy != "ddp":
+    if launch.strategy == "fsdp":
+        config |= {"distributed_type": "FSDP", "fsdp_config": FSDP}
+    elif launch.strategy != "ddp":
         file = shipped_folder("deepspeed") / f"{launch.strategy.replace('-', '_')}.json"
         config["distributed_type"] = "DEEPSPEED"
         config["deepspeed_config"] = {"deepspeed_config_file": str(file), "zero3_init_flag": False}
@@ -162,6 +196,6 @@ def _placed(config: dict[str, Any], nodes: NodesSettings) -> dict[str, Any]:
         "machine_rank": nodes.rank,
         "main_process_ip": nodes.address,
         "main_process_port": nodes.port,
-        "rdzv_backend": "static",
+        "rdzv_backend": nodes.rendezvous,
         "same_network": True,
     }

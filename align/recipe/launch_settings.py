@@ -21,9 +21,10 @@ class LaunchSettings(Settings):
     processes: PositiveInt = 1
     """Processes in all, over all machines: one for each GPU. Rows of a batch are divided among them."""
 
-    strategy: Literal["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-nvme"] = "ddp"
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-nvme", "fsdp"] = "ddp"
     """ddp: each holds everything. zero1: a share of the optimiser's state; zero2: and of the gradients; zero3: and of
-    the weights (DeepSpeed). offload: the shares are in main memory; nvme: on a disk. Files of `deepspeed/`."""
+    the weights (DeepSpeed). offload: the shares are in main memory; nvme: on a disk. Files of `deepspeed/`. fsdp: as
+    zero3, with torch alone (FSDP2)."""
 
     config: str | None = execution(None, file=True)
     """A file of `accelerate config` to start with, instead of `processes` and `strategy`."""
@@ -57,6 +58,10 @@ class NodesSettings(Settings):
 
     port: Annotated[int, Field(ge=1, le=65535)] = 29500
     """The first of as many free ports of machine 0 as there are stages."""
+
+    rendezvous: Literal["static", "c10d"] = "static"
+    """How processes get their numbers. static: by the `rank` of their machine. c10d: from the machines' meeting at
+    `address`; then it is enough that `rank` is 0 there and not 0 elsewhere."""
 
     @model_validator(mode="after")
     def _agree(self) -> NodesSettings:

@@ -25,6 +25,7 @@ from trl.trainer.utils import pad, use_adapter
 from align.context import Context
 from align.models.lora import without_wrapper
 from align.models.opened import open_policy
+from align.models.partitioned import layer_by_layer, parts_hash, whole
 from align.models.roles import Role, causal_role
 from align.training.division import ROWS
 from align.training.reference import FOLDER, read_logprobs, reference_key, write_logprobs
@@ -240,7 +241,7 @@ class ResponseLoss(DPOTrainer):
         if self.reference.cache is None:
             return dataset
         key = reference_key(
-            str(self._precompute_model_hash),
+            f"{self._precompute_model_hash}, {parts_hash(self.model)}",
             without_wrapper(self.model).config,
             dataset,
             (PROMPT, *self.responses),
@@ -257,7 +258,9 @@ class ResponseLoss(DPOTrainer):
     def _compute_all(self, dataset: Dataset, batch_size: int) -> Tensor:
         """(N,2) for all rows, in order."""
         batches: Any = self.accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self.data_collator))  # type: ignore[arg-type]
-        parts = [self.accelerator.gather_for_metrics(self._compute_reference(batch).T) for batch in batches]
+        head = without_wrapper(self.model).get_output_embeddings()  # read by TRL without calling it
+        with layer_by_layer(self.model), whole(head.parameters()):
+            parts = [self.accelerator.gather_for_metrics(self._compute_reference(batch).T) for batch in batches]
         return torch.cat(parts).cpu()
 
 

@@ -1,26 +1,36 @@
-"""Models whose weights, gradients or optimiser states DeepSpeed shards over the processes (ZeRO), in TRL's trainers."""
+"""Models whose weights, gradients or optimiser states are sharded over the processes (DeepSpeed's ZeRO, FSDP), in TRL's
+trainers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from transformers import Trainer
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import remove_hooks
 
 from align import ranks
-from align.recipe.zero import FROM_RECIPE, read_zero
+from align.errors import ConfigError, Problem
+from align.recipe.training_settings import TrainingSettings
+from align.recipe.zero import FROM_RECIPE, nvme_folders, read_zero
+from align.training import fsdp
+from align.training.precision import trains_in_bfloat16
 
 
 def sharding_arguments(micro: int, accumulation: int, max_grad_norm: float, in_bfloat16: bool) -> dict[str, Any]:
     """What the trainer is told of DeepSpeed: the launcher's file, and in all else the recipe. Empty without it."""
     if not ranks.uses_deepspeed():
         return {}
-    settings = _launched_with() | {
+    launched = _launched_with()
+    if nvme_folders(launched):
+        _check_disk_access()
+    settings = launched | {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm,  # by itself it clips to 1
@@ -29,6 +39,19 @@ def sharding_arguments(micro: int, accumulation: int, max_grad_norm: float, in_b
         "zero_force_ds_cpu_optimizer": False,  # the same AdamW wherever its state is
     }
     return {"deepspeed": settings}
+
+
+@contextmanager
+def loading(config: TrainingSettings) -> Iterator[None]:
+    """Inside, models are loaded in parts under ZeRO-3: no process ever has all weights. One in 4 bits is loaded whole,
+    and parted when training starts."""
+    settings = sharding_arguments(1, 1, 0.0, trains_in_bfloat16(config.precision)).get("deepspeed")
+    if settings is None or config.quantise or settings["zero_optimization"].get("stage") != 3:
+        yield
+        return
+    kept = HfDeepSpeedConfig(settings)  # from_pretrained heeds it while it exists
+    yield
+    del kept
 
 
 def _launched_with() -> dict[str, Any]:
@@ -41,6 +64,16 @@ def _launched_with() -> dict[str, Any]:
     return {key: value for key, value in inline.items() if key not in FROM_RECIPE}
 
 
+def _check_disk_access() -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        what = "DeepSpeed moves weights to a disk with libaio, and a program that uses it cannot be built here"
+        raise ConfigError(
+            Problem("launch.strategy", what, "install libaio with its headers (libaio-dev) and a compiler")
+        )
+
+
 ONE_PROCESS = {"processes": 1, "zero": 0}
 """The layout of a checkpoint that names none: of a version that knew no other."""
 
@@ -48,12 +81,13 @@ ONE_PROCESS = {"processes": 1, "zero": 0}
 def layout(accelerator: Accelerator) -> dict[str, Any]:
     """Who writes a checkpoint: others cannot read it."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return {"processes": accelerator.num_processes, "zero": plugin.zero_stage if plugin else 0}
+    sharded = {"fsdp": True} if accelerator.is_fsdp2 else {}
+    return {"processes": accelerator.num_processes, "zero": plugin.zero_stage if plugin else 0, **sharded}
 
 
 def describe(layout: dict[str, Any]) -> str:
     """A layout in words."""
-    how = f"zero{layout['zero']}" if layout["zero"] else "ddp"
+    how = "fsdp" if "fsdp" in layout else f"zero{layout['zero']}" if layout["zero"] else "ddp"
     return f"{layout['processes']} processes under {how}" if layout["processes"] > 1 else f"1 process under {how}"
 
 
@@ -75,12 +109,16 @@ def whole_while(trainer: Any, sample: Callable[[int], None] | None) -> Callable[
 def leave_sharded(trainer: Trainer) -> None:
     """After training: makes the weights of policy and reference whole in every process, for good. What is measured and
     saved from here on is an ordinary model."""
-    if layout(trainer.accelerator)["zero"] != 3:
-        return
+    models: list[Any] = [trainer.model_wrapped, getattr(trainer, "ref_model", None)]
+    for model in filter(None, models):
+        if trainer.accelerator.is_fsdp2:
+            fsdp.leave(model)
+        elif layout(trainer.accelerator)["zero"] == 3:
+            _leave_zero(model)
+
+
+def _leave_zero(engine: Any) -> None:
     import deepspeed
 
-    engines: list[Any] = [trainer.model_wrapped, getattr(trainer, "ref_model", None)]
-    for engine in engines:
-        if engine is not None:
-            remove_hooks(engine)
-            deepspeed.zero.GatheredParameters(list(engine.module.parameters())).__enter__()
+    remove_hooks(engine)
+    deepspeed.zero.GatheredParameters(list(engine.module.parameters())).__enter__()

@@ -22,9 +22,10 @@ from align.context import Context
 from align.errors import ConfigError, DistributedError, NumericError, Problem
 from align.recipe.training_settings import OptimSettings, TrainingSettings
 from align.records import read_manifest
+from align.training import fsdp
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
 from align.training.division import DividedTrainer, OwnRows
-from align.training.precision import training_dtype
+from align.training.precision import trains_in_bfloat16
 from align.training.progress import StageProgress
 from align.training.sharding import ONE_PROCESS, describe, layout, leave_sharded, sharding_arguments, whole_while
 
@@ -50,8 +51,7 @@ def trainer_arguments(config: TrainingSettings, context: Context, optim: OptimSe
     """Arguments common to TRL's configs. Everything the library would otherwise decide by itself is decided here."""
     micro, accumulation = _micro_batches(config, context)
     steps = config.max_steps or max(1, math.ceil(rows * config.epochs / config.batch_size))
-    use_cuda = torch.cuda.is_available()
-    in_bfloat16 = use_cuda and training_dtype(config.precision) is torch.bfloat16
+    in_bfloat16 = trains_in_bfloat16(config.precision)
     return {
         **housekeeping_arguments(context),
         **optimiser_arguments(optim),
@@ -102,6 +102,11 @@ class CommittedTrainer(DividedTrainer):
     _total_train_tokens: float = 0
     """TRL's count of tokens seen. It is in every line of metrics, and TRL starts it at 0 when resuming."""
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Called by the library when the trainer is made."""
+        fsdp.allow_on_cpu()
+        super().create_accelerator_and_postprocess()
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch. Raises NumericError, before the backward pass, if it is not finite."""
         found = super().compute_loss(*args, **kwargs)
@@ -135,7 +140,8 @@ class CommittedTrainer(DividedTrainer):
         target = checkpoint_folder(self.context.checkpoints, step)
         facts = {"step": step, "tokens": self._total_train_tokens, "layout": layout(self.accelerator)}
         with ranks.committed_together(target, **facts) as folder:
-            if not self.is_deepspeed_enabled:  # which keeps the weights with the optimiser's state, in parts
+            # DeepSpeed and FSDP save the weights with the optimiser's state, in parts.
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 self.save_model(str(folder), _internal_call=True)
                 (folder / SAVED_BY_TRAINER).unlink(missing_ok=True)
             self._save_optimizer_and_scheduler(str(folder))

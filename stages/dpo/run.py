@@ -22,6 +22,7 @@ from align.recipe.engine_settings import EvaluationSettings
 from align.training.prepared import prepared
 from align.training.responses import Reference, open_reference, reference_role, warn_of_displacement
 from align.training.rows import preference_row
+from align.training.sharding import loading
 from align.training.trainer import run_training, trainer_arguments
 from stages.dpo.config import Config
 from stages.dpo.trainer import PreferenceTrainer, held_out_metrics
@@ -32,7 +33,8 @@ def run(config: Config, context: Context) -> StageResult:
     set_seed(context.seed("weights"))
     assert config.data is not None
     template = config.data.template
-    opened = open_policy(context.input("policy"), template, quantise=config.quantise)
+    with loading(config):
+        opened = open_policy(context.input("policy"), template, quantise=config.quantise)
     rows = prepared(config.data, Role.PREFERENCES, opened.renderer, preference_row, config, context)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
     prompts = held_out_prompts(evaluation, rows.prompts, rows.trained_on)
@@ -41,9 +43,10 @@ def run(config: Config, context: Context) -> StageResult:
     sample = sampler(context, evaluation, model, opened.renderer, prompts)
     reference = Reference(is_needed=False)
     if config.needs_reference:
-        reference = open_reference(
-            context, template, precompute=config.precompute_reference, has_adapter=bool(config.lora)
-        )
+        with loading(config):
+            reference = open_reference(
+                context, template, precompute=config.precompute_reference, has_adapter=bool(config.lora)
+            )
     train_policy(config, context, model, reference, opened, rows.train.table, sample)
     probes = [row["prompt_ids"] + row["chosen_ids"] for row in (rows.held_out or rows.train)[:NUM_PROBES]]
     trained = trainable_parameters(model)

@@ -27,6 +27,7 @@ from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
 from align.training.prepared import prepared
 from align.training.rows import TokenRow, preference_row
+from align.training.sharding import loading
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
 from stages.reward.config import SCORING_BATCH, Config
 
@@ -42,7 +43,8 @@ def run(config: Config, context: Context) -> StageResult:
     """Trains the head and backbone on pairs, normalises, measures on held-out pairs, commits."""
     set_seed(context.seed("weights"))
     assert config.data is not None
-    opened = open_as_reward(context.input("policy"), config.data.template, quantise=config.quantise)
+    with loading(config):
+        opened = open_as_reward(context.input("policy"), config.data.template, quantise=config.quantise)
     rows = prepared(config.data, Role.PREFERENCES, opened.renderer, preference_row, config, context)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
     # Raises if one of them is a prompt that policies will be measured on.

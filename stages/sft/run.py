@@ -20,6 +20,7 @@ from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
 from align.training.prepared import prepared
 from align.training.rows import demonstration_row
+from align.training.sharding import loading
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
 from stages.sft.config import Config
 
@@ -32,7 +33,8 @@ def run(config: Config, context: Context) -> StageResult:
     """Loads the policy, trains on the assistant's tokens, measures, commits."""
     set_seed(context.seed("weights"))
     assert config.data is not None
-    opened = open_policy(context.input("policy"), config.data.template, quantise=config.quantise)
+    with loading(config):
+        opened = open_policy(context.input("policy"), config.data.template, quantise=config.quantise)
     rows = prepared(config.data, Role.DEMONSTRATIONS, opened.renderer, demonstration_row, config, context)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)
     prompts = held_out_prompts(evaluation, rows.prompts, rows.trained_on)

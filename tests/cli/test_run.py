@@ -192,6 +192,25 @@ def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused_by_key(here: Pa
     assert "micro" not in err and "fp16" not in err
 
 
+def test_an_fsdp_config_that_cannot_be_is_refused_by_key(here: Path) -> None:
+    """All of it at once; what the other strategies take is taken."""
+    config = "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_state_dict_type: FULL_STATE_DICT, "
+    (here / "accelerate.yaml").write_text(config + "fsdp_version: 1, fsdp_activation_checkpointing: true}\n")
+    _, err = align(here, "plan", "sft", "sft.launch.config=accelerate.yaml", code=2)
+    assert "sft: fsdp_config.fsdp_version: version 2 is needed" in err
+    assert "sft: fsdp_config.fsdp_state_dict_type: each process saves its own part" in err
+    assert "fsdp_activation_checkpointing: the recipe says this (remove it and set `sft.gradient_checkpointing`)" in err
+    (here / "accelerate.yaml").write_text("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2}\n")
+    align(here, "plan", "sft", "sft.launch.config=accelerate.yaml")
+
+
+def test_machines_that_meet_are_told_who_is_host(here: Path) -> None:
+    """With c10d the one of rank 0 has the store that all of them meet at; each waits an hour for the others."""
+    nodes = ["nodes.count=2", "nodes.address=h", "nodes.rendezvous=c10d", "nodes.rank=1"]
+    out, _ = align(here, "run", "sft", "--dry-run", "launch.processes=2", *nodes)
+    assert "--rdzv_backend c10d --rdzv_conf is_host=false,join_timeout=3600,read_timeout=3600" in out
+
+
 def test_dpo_from_a_model_and_a_file_needs_no_recipe(here: Path) -> None:
     (here / "align.yaml").unlink()
     model = here / "model"
@@ -275,7 +294,17 @@ def test_plan_gpu_says_what_fits(here):
     assert " no" in small and " fits" not in small
     out, _ = align(here, "plan", "sft", "--gpu", "8x80GiB", "--json")
     large = json.loads(out)["memory"]["sft"]["strategies"]
-    assert list(large) == ["one", "ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-nvme"]
+    assert list(large) == [
+        "one",
+        "ddp",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero2-offload",
+        "zero3-offload",
+        "zero3-nvme",
+        "fsdp",
+    ]
     for row in large.values():
         assert list(row) == ["full", "lora", "qlora"]
         assert all(cell["fits"] for cell in row.values() if cell)

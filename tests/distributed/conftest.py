@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,15 +14,18 @@ from typing import Any
 import pytest
 
 from align.job import Input
-from tests.models.tiny import new_opened, save_policy
+from tests.models.tiny import drop_weight, model_input, new_opened, save_foreign, save_policy
 from tests.stages.harness import KINDS, LORA, Run, write_data
 
 ROOT = Path(__file__).parents[2]
-STRATEGIES = ("ddp", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
 FULL = [(kind, strategy, False) for strategy in STRATEGIES for kind in KINDS]
-ADAPTED = [(kind, strategy, True) for strategy in ("ddp", "zero3") for kind in KINDS]
-CASES = FULL + ADAPTED
-STOPPED = [("sft", "ddp"), ("dpo", "zero3")]
+ADAPTED = [(kind, strategy, True) for strategy in ("ddp", "zero3", "fsdp") for kind in KINDS]
+OTHERS = [("sft", strategy, False) for strategy in ("zero1", "zero2-offload", "zero3-offload")]
+CASES = FULL + ADAPTED + OTHERS
+STOPPED = [("sft", "ddp", False), ("dpo", "zero3", False), ("dpo", "fsdp", False), ("reward", "fsdp", True)]
+PRECOMPUTED = ["ddp", "zero3"]
+SAMPLED = ["zero3", "fsdp"]
 
 
 def case_name(kind: str, strategy: str, lora: bool) -> str:
@@ -61,6 +65,18 @@ class World:
         """What a process had to say of a case."""
         return json.loads((self.folder / name / f"process-{process}.json").read_text())
 
+    def sources(self) -> dict[str, Input]:
+        """Models to be loaded in parts: one of align, one whose embeddings have to grow, and one that lacks weights."""
+        damaged = self.folder / "base" / "damaged"
+        shutil.copytree(self.policy.path, damaged)
+        drop_weight(damaged, "model.layers.1.mlp.up_proj.weight")
+        foreign = save_foreign(self.folder / "base" / "foreign", None)
+        return {
+            "loaded": self.policy,
+            "loaded-foreign": model_input(foreign),
+            "loaded-damaged": model_input(damaged),
+        }
+
     def start(self, cases: list[dict[str, Any]]) -> None:
         """Two processes that run these cases in turn."""
         (self.folder / "cases.json").write_text(json.dumps({"policy": asdict(self.policy), "cases": cases}))
@@ -90,13 +106,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         }
         for kind, strategy, lora in CASES
     ]
-    for kind, strategy in STOPPED:
+    for kind, strategy, lora in STOPPED:
         stopped = {"name": f"{kind}-{strategy}-stopped", "kind": kind, "strategy": strategy}
-        stopped["settings"] = world.settings(kind)
+        stopped["settings"] = world.settings(kind, lora)
         cases += [{**stopped, "stop": 3, "log": "stopped"}, {**stopped, "log": "resumed"}]
     micro = world.settings("reward", micro_batch_size=1)
     cases.append({"name": "reward-ddp-micro", "kind": "reward", "strategy": "ddp", "settings": micro})
     sampled = world.settings("sft", samples_every=2)
-    cases.append({"name": "sft-zero3-sampled", "kind": "sft", "strategy": "zero3", "settings": sampled})
+    for strategy in SAMPLED:
+        cases.append({"name": f"sft-{strategy}-sampled", "kind": "sft", "strategy": strategy, "settings": sampled})
+    precomputed = world.settings("dpo", precompute_reference=True)
+    for strategy in PRECOMPUTED:
+        name = f"dpo-{strategy}-precomputed"
+        cases.append({"name": name, "kind": "dpo", "strategy": strategy, "settings": precomputed})
+    for name, source in world.sources().items():
+        cases.append({"name": name, "strategy": "zero3", "source": asdict(source)})
     world.start(cases)
     return world

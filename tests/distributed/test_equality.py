@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.metrics import JsonLines
 from align.records import read_manifest
-from tests.distributed.conftest import CASES, STOPPED, World, case_name
+from tests.distributed.conftest import CASES, PRECOMPUTED, SAMPLED, STOPPED, World, case_name
 from tests.stages.harness import STEPS, Run, weights_hash
 
 LOSS = 2e-6
@@ -58,14 +58,14 @@ def test_what_two_processes_make_is_handed_over_and_measured(kind, strategy, lor
     assert not list(two.directory.rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize(("kind", "strategy"), STOPPED)
-def test_a_signal_in_one_process_stops_all_and_they_resume_exactly(kind, strategy, world: World):
+@pytest.mark.parametrize(("kind", "strategy", "lora"), STOPPED)
+def test_a_signal_in_one_process_stops_all_and_they_resume_exactly(kind, strategy, lora, world: World):
     """The last process gets SIGTERM after step 3: both stop with the checkpoint of step 4, and the same processes go on
     to what they would have made undisturbed, to the last bit."""
     name = f"{kind}-{strategy}-stopped"
     stopped = [json.loads((world.folder / name / f"stopped-{process}.json").read_text()) for process in range(2)]
     assert all("stopped at step 4 with a checkpoint" in one["error"] for one in stopped)
-    straight, resumed = world.two(case_name(kind, strategy, False)), world.two(name)
+    straight, resumed = world.two(case_name(kind, strategy, lora)), world.two(name)
     assert resumed.metrics() == straight.metrics()
     assert weights_hash(resumed.model) == weights_hash(straight.model)
 
@@ -78,9 +78,39 @@ def test_a_mean_over_pairs_is_no_mean_of_means(world: World):
     assert gap(one, two) < WEIGHTS
 
 
-def test_samples_are_taken_while_weights_are_sharded(world: World):
-    """In the middle of a training under ZeRO-3, which goes on as it would have without them."""
-    plain, sampled = world.two(case_name("sft", "zero3", False)), world.two("sft-zero3-sampled")
+@pytest.mark.parametrize("strategy", PRECOMPUTED)
+def test_a_reference_computed_before_the_training_is_the_same(strategy, world: World):
+    """By both processes, of their own rows; under ZeRO-3 from weights of which each holds a part."""
+    one, two = world.one("dpo"), world.two(f"dpo-{strategy}-precomputed")
+    assert [row["loss"] for row in two.metrics()] == pytest.approx([row["loss"] for row in one.metrics()], abs=LOSS)
+    assert gap(one, two) < WEIGHTS
+
+
+def test_under_zero3_no_process_has_loaded_a_whole_weight(world: World):
+    """Made whole again, every weight is what one process loads: also the new head, drawn by the first process."""
+    for process in range(2):
+        told = world.told("loaded", process)
+        assert "score.weight" in told["held"] and set(told["held"].values()) == {0}
+        assert told["differing"] == []
+
+
+def test_under_zero3_embeddings_grow_as_in_one_process(world: World):
+    """They are whole until the training starts. Growing draws random numbers, so another head is drawn."""
+    for process in range(2):
+        told = world.told("loaded-foreign", process)
+        assert [name for name, numbers in told["held"].items() if numbers] == ["model.embed_tokens.weight"]
+        assert told["differing"] == ["score.weight"]
+
+
+def test_under_zero3_a_missing_weight_is_named(world: World):
+    for process in range(2):
+        assert "does not hold all weights" in world.told("loaded-damaged", process)["error"]
+
+
+@pytest.mark.parametrize("strategy", SAMPLED)
+def test_samples_are_taken_while_weights_are_sharded(strategy, world: World):
+    """In the middle of a training, which goes on as it would have without them."""
+    plain, sampled = world.two(case_name("sft", strategy, False)), world.two(f"sft-{strategy}-sampled")
     rows = JsonLines(sampled.directory / "samples.jsonl").read()
     assert [row["step"] for row in rows if row["at"] == "training"] == [2] * 4 + [4] * 4 + [6] * 4
     assert weights_hash(sampled.model) == weights_hash(plain.model)

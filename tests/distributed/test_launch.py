@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from align.recipe.shipped import shipped_folder
 from tests.distributed.conftest import World, environment
 from tests.stages.harness import weights_hash
 
+BASE = {"vocabulary": 300, "context": 64, "hidden": 32, "layers": 2, "heads": 2, "steps": 2}
+"""A model of a few thousand weights that has learnt next to nothing."""
 ALIGN = [sys.executable, "-m", "align"]
 
 
@@ -24,9 +27,9 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout + done.stderr
 
 
-def made(folder: Path) -> Path:
-    (stage,) = (folder / "runs" / "two" / "sft").iterdir()
-    return stage
+def made(folder: Path, stage: str = "sft") -> Path:
+    (found,) = (folder / "runs" / "two" / stage).iterdir()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +86,38 @@ def test_a_world_that_is_smaller_than_asked_for_is_refused(folders: list[Path]):
     assert done.returncode != 0
     assert "2 processes were asked for and 1 started" in done.stderr
     assert not (folders[1] / "runs" / "other").exists()
+
+
+def test_two_machines_meet_and_run_a_chain(world: World, tmp_path: Path):
+    """Two launchers with `rendezvous: c10d`. The second waits while the first trains `base` alone; then sft and dpo
+    have a process on each of them, and FSDP."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    recipe = {
+        "name": "two",
+        "launch": {"processes": 2, "strategy": "fsdp"},
+        "nodes": {"count": 2, "address": "127.0.0.1", "port": port, "rendezvous": "c10d"},
+        "evaluation": {"prompts": 4, "max_response_tokens": 6},
+        "base": {**BASE, "data": world.settings("sft")["data"]},
+        "sft": world.settings("sft", max_steps=2),
+        "dpo": world.settings("dpo", max_steps=2),
+    }
+    (tmp_path / "align.yaml").write_text(json.dumps(recipe))
+    command = [*ALIGN, "run", "base", "sft", "dpo"]
+    machines = [
+        subprocess.Popen(
+            [*command, f"nodes.rank={rank}"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    shown = [machine.communicate(timeout=600)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], shown
+    records = [json.loads((made(tmp_path, stage) / "record.json").read_text()) for stage in ("base", "sft", "dpo")]
+    assert [record["world_size"] for record in records] == [1, 2, 2]
+    assert all(record["handover"]["largest_difference"] <= record["handover"]["bound"] for record in records[1:])

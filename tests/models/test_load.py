@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from align.errors import ArtifactError
 from align.models.load import (
@@ -18,7 +17,7 @@ from align.models.load import (
     new_reward,
 )
 from align.models.opened import open_as_reward, open_policy, open_reward
-from tests.models.tiny import CONFIG, model_input, new_opened, new_tokenizer
+from tests.models.tiny import CONFIG, drop_weight, model_input, new_tokenizer, save_foreign
 
 FP32 = torch.float32
 
@@ -27,36 +26,10 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def edit_weights(folder: Path, drop: str = "") -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights[drop]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def foreign(folder: Path, pad: str | None) -> Path:
-    """A model that align did not make: its tokenizer has no PAD, or EOS for one, and no embedding row to spare."""
-    opened = new_opened()
-    rows = len(opened.tokenizer) - 1  # "<|pad|>" gets a new id beyond these, as in GPT-2's folder
-    vocabulary = json.loads(opened.tokenizer.backend_tokenizer.to_str())
-    vocabulary["added_tokens"] = [token for token in vocabulary["added_tokens"] if token["content"] != "<|pad|>"]
-    ids = vocabulary["model"]["vocab"]
-    del ids["<|pad|>"]
-    vocabulary["model"]["vocab"] = {text: number - 1 for text, number in ids.items()}
-    for token in vocabulary["added_tokens"]:
-        token["id"] -= 1
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
-    special = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
-    opened.model.resize_token_embeddings(rows)
-    opened.model.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("pad", [None, "<|end|>"], ids=["no PAD", "PAD is EOS"])
 def test_a_tokenizer_gets_a_pad_of_its_own(tmp_path, pad):
     """GPT-2 and Llama have no PAD, others use EOS: align adds one, and a row for it."""
-    source = model_input(foreign(tmp_path / "foreign", pad))
+    source = model_input(save_foreign(tmp_path / "foreign", pad))
     tokenizer = load_tokenizer(source)
     model = load_policy(source, tokenizer, FP32)
     assert tokenizer.pad_token_id == CONFIG.vocabulary - 1 != tokenizer.eos_token_id
@@ -66,7 +39,7 @@ def test_a_tokenizer_gets_a_pad_of_its_own(tmp_path, pad):
 
 def test_two_loads_of_a_model_that_lacks_a_pad_row_agree(tmp_path):
     """Policy and frozen reference are two loads: a new row drawn at random would make them differ from the start."""
-    source = model_input(foreign(tmp_path / "foreign", None))
+    source = model_input(save_foreign(tmp_path / "foreign", None))
     first, second = open_policy(source, "plain").model, open_policy(source, "plain").model
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -76,7 +49,7 @@ def test_two_loads_of_a_model_that_lacks_a_pad_row_agree(tmp_path):
 
 def test_a_missing_weight_is_an_error_not_a_random_one(damaged):
     """The library would draw it at random and warn; align names it."""
-    edit_weights(damaged, drop="model.layers.1.mlp.up_proj.weight")
+    drop_weight(damaged, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(ArtifactError, match=r"start: .*does not hold all weights.*layers\.1\.mlp\.up_proj"):
         open_policy(model_input(damaged), "auto")
 
@@ -84,7 +57,7 @@ def test_a_missing_weight_is_an_error_not_a_random_one(damaged):
 def test_a_reward_model_without_its_head_is_refused(reward, tmp_path):
     """The field's most repeated hand-over bug: score.weight is not in the file, the library makes a random one."""
     folder = Path(shutil.copytree(reward.path, tmp_path / "headless"))
-    edit_weights(folder, drop="score.weight")
+    drop_weight(folder, "score.weight")
     with pytest.raises(ArtifactError, match=r"score\.weight; they would be random"):
         open_reward(model_input(folder), "auto")
 

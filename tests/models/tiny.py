@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from align.data.render import Renderer
 from align.data.rows import Document
@@ -81,3 +83,30 @@ def trained_adapter(model: Any, *, is_reward: bool = False) -> Any:
 def model_input(folder: Path, kind: str = "policy", source: str = "start") -> Input:
     """A committed folder as a stage's input."""
     return Input(kind=kind, path=str(folder), fingerprint="0" * 64, source=source)
+
+
+def save_foreign(folder: Path, pad: str | None) -> Path:
+    """A model that align did not make: its tokenizer has no PAD, or EOS for one, and no embedding row to spare."""
+    opened = new_opened()
+    rows = len(opened.tokenizer) - 1  # "<|pad|>" gets a new id beyond these, as in GPT-2's folder
+    vocabulary = json.loads(opened.tokenizer.backend_tokenizer.to_str())
+    vocabulary["added_tokens"] = [token for token in vocabulary["added_tokens"] if token["content"] != "<|pad|>"]
+    ids = vocabulary["model"]["vocab"]
+    del ids["<|pad|>"]
+    vocabulary["model"]["vocab"] = {text: number - 1 for text, number in ids.items()}
+    for token in vocabulary["added_tokens"]:
+        token["id"] -= 1
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    special = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    opened.model.resize_token_embeddings(rows)
+    opened.model.save_pretrained(folder)
+    return folder
+
+
+def drop_weight(folder: Path, name: str) -> None:
+    """Damages a saved model."""
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

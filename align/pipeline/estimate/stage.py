@@ -20,7 +20,7 @@ from align.recipe.spec import named
 from align.recipe.training_settings import LoraSettings, TrainingSettings
 
 METHODS = ("full", "lora", "qlora")
-WITHOUT_NF4 = ("zero3", "zero3-offload", "zero3-nvme")
+WITHOUT_NF4 = ("zero3", "zero3-offload", "zero3-nvme", "fsdp")
 """Strategies that divide weights, which 4-bit ones cannot be."""
 
 

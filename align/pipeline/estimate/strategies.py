@@ -3,7 +3,7 @@
 A trained number costs its weight, its gradient and AdamW's two moments. In bfloat16 DeepSpeed keeps weights and
 gradients in 2 bytes each and a float32 weight with the moments, K = 12 bytes (Rajbhandari et al. 2020, ZeRO, section
 3.1); torch's autocast keeps everything in float32 and makes 2-byte copies of the weights for each pass. N processes
-divide the moments (stage 1), the gradients too (2), the weights too (3). Offloaded states are
+divide the moments (stage 1), the gradients too (2), the weights too (3); FSDP divides all. Offloaded states are
 in the machine's main memory (Ren et al. 2021, ZeRO-Offload) or on its disk (Rajbhandari et al. 2021, ZeRO-Infinity).
 """
 
@@ -48,6 +48,7 @@ STRATEGIES: dict[str, Strategy] = {
     "zero2-offload": Strategy("deepspeed", _BOTH, _HOST),
     "zero3-offload": Strategy("deepspeed", _ALL, {**_HOST, "weights": "host"}),
     "zero3-nvme": Strategy("deepspeed", _ALL, dict.fromkeys(("optimiser", "weights"), "disk") | {"gradients": "host"}),
+    "fsdp": Strategy(divides=_ALL),
 }
 """By the name that a recipe and a table call it."""
 
@@ -99,9 +100,11 @@ def states(
 
 def _copies(strategy: Strategy, trained: int, numbers: float, compute: int, largest: int) -> float:
     """Autocast casts every trained weight; ddp reduces gradients in flat buckets that hold all of them once more;
-    DeepSpeed has a bucket to reduce; where weights are divided, two neighbours of the largest size are whole at once,
-    the second fetched while the first computes."""
-    if strategy.engine == "torch":
+    DeepSpeed has a bucket to reduce, and FSDP a layer; where weights are divided, two neighbours of the largest size
+    are whole at once, the second fetched while the first computes."""
+    divided = "weights" in strategy.divides
+    if strategy.engine == "torch" and not divided:
         return trained * ((compute if compute != 4 else 0) + (4 if strategy.several else 0))
-    gathered = 2 * min(largest, numbers) * compute if "weights" in strategy.divides else 0
-    return gathered + min(BUCKET, trained) * compute
+    gathered = 2 * min(largest, numbers) * compute if divided else 0
+    bucket = largest if strategy.engine == "torch" else BUCKET
+    return gathered + min(bucket, trained) * compute

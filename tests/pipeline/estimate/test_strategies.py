@@ -45,3 +45,10 @@ def test_gathered_weights_are_two_blocks():
     """On 8 processes in bfloat16: two blocks of 100 numbers are whole at a time, a bucket of 1000 is reduced."""
     found = states(STRATEGIES["zero3"], 8, 1000, 0, compute=2, largest=100)
     assert (found.weights, found.gradients, found.optimiser, found.copies) == (250, 250, 1500, 2400)
+
+
+def test_fsdp_divides_all_in_float32():
+    """On 8 processes in bfloat16: 4 bytes of weight and gradient each and 8 of moments, an eighth of each; two blocks
+    of 100 numbers are whole at a time in 2 bytes, and one is reduced."""
+    found = states(STRATEGIES["fsdp"], 8, 1000, 0, compute=2, largest=100)
+    assert (found.weights, found.gradients, found.optimiser, found.copies) == (500, 500, 1000, 600)
