@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from align import ranks
 from align.errors import ConfigError, RolloutError, leave
 from align.generation.engine import CannotRun, RolloutEngine
 from align.generation.restarting import RestartingEngine
@@ -64,8 +65,10 @@ def open_engine(
     watchdog = Watchdog(settings.timeout, end)
     if settings.engine == "vllm-server":
         return _server(settings, what, watchdog, notice, log)
+    # Of several processes one alone cannot open an engine: they set up vLLM's groups together.
+    max_restarts = settings.max_restarts if ranks.size() == 1 else 0
     try:
-        return RestartingEngine(lambda: _in_process(settings, what, watchdog), settings.max_restarts, notice)
+        return RestartingEngine(lambda: _in_process(settings, what, watchdog), max_restarts, notice)
     except CannotRun as error:
         if settings.engine != "auto":
             raise
@@ -103,7 +106,7 @@ def _server(
         kv_cache_bytes=settings.kv_cache_bytes,
         gpu_memory=settings.gpu_memory,
         address=settings.address,
-        gpu=settings.server_gpu,
+        gpu=_own_gpu() if settings.server_gpu is None else settings.server_gpu,
         transport=settings.transport,
         timeouts=Timeouts(settings.timeout, settings.timeout, settings.timeout),
         watchdog=watchdog,
@@ -112,3 +115,9 @@ def _server(
         notice=notice,
         log=log,
     )
+
+
+def _own_gpu() -> int | None:
+    """The number of the GPU that this process computes on, among those that it sees. None: there is none, or this is
+    the only process, and computes on the first."""
+    return torch.cuda.current_device() if torch.cuda.is_available() and ranks.size() > 1 else None

@@ -17,7 +17,6 @@ from align.recipe.launch_settings import LaunchSettings, NodesSettings
 from align.recipe.load import Recipe
 from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.shipped import shipped_folder
-from align.recipe.training_settings import TrainingSettings
 from align.recipe.zero import nvme_folders, read_zero
 from align.records import write_text
 
@@ -88,12 +87,9 @@ def _problems(node: Node, settings: RecipeSettings, launch: Launch) -> Iterator[
     # A stage that makes a model from nothing is small: one process whatever the recipe says.
     if not node.spec.distributed and node.spec.inputs and not settings.launch.is_direct:
         what = f"{node.spec.kind} trains in one process in this version, and `launch` asks for more"
-        yield Problem(node.name, what, "move `launch` into the stages that can: sft, reward, dpo")
-    if isinstance(node.config, TrainingSettings):
-        try:
-            node.config.micro_batches(launch.processes)
-        except ValueError as error:
-            yield Problem(f"{node.name}.batch_size", str(error), "change it, micro_batch_size or launch.processes")
+        yield Problem(node.name, what, "move `launch` into the stages that can: all but kto")
+    for key, what in node.config.process_problems(launch.processes).items():
+        yield Problem(f"{node.name}.{key}", what, "change it, or launch.processes")
     if settings.nodes.count > 1 and launch.processes % settings.nodes.count:
         what = f"{launch.processes} cannot be divided among {settings.nodes.count} machines"
         yield Problem(f"{node.name}: launch.processes", what)

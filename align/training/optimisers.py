@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from align import ranks
+from align.errors import DistributedError
 from align.models.roles import Role
 from align.recipe.training_settings import OptimSettings
 
@@ -117,6 +118,23 @@ def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
         dist.all_reduce(flat)
         for gradient, total in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(total.view_as(gradient))
+
+
+def check_replicas(roles: Mapping[str, Role]) -> None:
+    """Raises DistributedError when the processes do not train one and the same model, to the last bit."""
+    for name, role in roles.items():
+        bits = torch.stack([_sum_of_bits(parameter) for parameter in role.parameters()])
+        if not torch.equal(ranks.highest(bits), -ranks.highest(-bits)):
+            raise DistributedError(
+                f"the {name}'s weights are not the same in all {ranks.size()} processes: other machines or library "
+                "versions, or a fault of align; nothing is saved with them"
+            )
+
+
+def _sum_of_bits(parameter: nn.Parameter) -> Tensor:
+    """int64 (): as a checksum."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return parameter.detach().reshape(-1).view(integers).sum(dtype=torch.int64)
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -41,20 +41,10 @@ def _launched_with() -> dict[str, Any]:
     return {key: value for key, value in inline.items() if key not in FROM_RECIPE}
 
 
-ONE_PROCESS = {"processes": 1, "zero": 0}
-"""The layout of a checkpoint that names none: of a version that knew no other."""
-
-
 def layout(accelerator: Accelerator) -> dict[str, Any]:
     """Who writes a checkpoint: others cannot read it."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return {"processes": accelerator.num_processes, "zero": plugin.zero_stage if plugin else 0}
-
-
-def describe(layout: dict[str, Any]) -> str:
-    """A layout in words."""
-    how = f"zero{layout['zero']}" if layout["zero"] else "ddp"
-    return f"{layout['processes']} processes under {how}" if layout["processes"] > 1 else f"1 process under {how}"
 
 
 def whole_while(trainer: Any, sample: Callable[[int], None] | None) -> Callable[[int], None] | None:

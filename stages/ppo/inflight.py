@@ -73,10 +73,12 @@ class Batch:
     questions: Sequence[Question]
     samples: Samples
     episodes: int
-    """Responses learned from, these included."""
+    """Responses of this process that were learned from, these included."""
     versions: Tensor | None = None
     """(B,T) number of the round whose policy sampled each token; None: this one's."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Of this process's responses: `learned` from now, and with settings that have them `grown` in this round, of those
+    `carried` over, and `restarted` for it."""
 
 
 Generate = Callable[[Sequence[Sequence[int]], int, str], Samples]
@@ -214,11 +216,11 @@ class Flight:
         rest = tuple(group for group in state.groups if any(map(self._is_open, group)))
         ended = [one for group in state.groups if not any(map(self._is_open, group)) for one in group]
         learned = state.learned + len(ended)
-        metrics = {"rollout/learned": float(len(ended))}
+        counts = {"learned": len(ended)}
         if self.settings.round_tokens is not None:
-            metrics["rollout/carried"] = sum(1 for _ in self._open(state)) / state.sampled
+            counts |= {"grown": state.sampled, "carried": sum(1 for _ in self._open(state))}
         if self.settings.max_staleness is not None:
-            metrics["rollout/restarted"] = float(state.restarted)
+            counts["restarted"] = state.restarted
         batch = Batch(
             [self.questions[one.question] for one in ended],
             Samples.of(
@@ -229,6 +231,6 @@ class Flight:
             ),
             learned,
             right_pad([one.versions for one in ended], 0, torch.long),
-            metrics,
+            counts,
         )
         return batch, State(rest, state.begun, learned)

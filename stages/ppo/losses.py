@@ -46,8 +46,8 @@ def policy_loss(
             "ratio": masked_sum(ratio, mask),
             "ratio_squared": masked_sum(ratio.square(), mask),
             "ratio_clamped": (log_ratio.abs() > MAX_LOG_RATIO).sum(dtype=ratio.dtype),
-            "ratio_max": torch.where(mask, ratio, 0).max(),
-            "log_ratio_max": log_ratio.abs().max(),
+            "ratio_max": _largest(torch.where(mask, ratio, 0)),
+            "log_ratio_max": _largest(log_ratio.abs()),
         }
     return loss.sum(), stats
 
@@ -67,6 +67,11 @@ def kl_loss(
         ratio = ratio * weights
     logp_new, logp_ref = (torch.where(mask, x, 0) for x in (logp_new, logp_ref))
     return (ratio * k2(logp_new, logp_ref)).sum()
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Of numbers that are not negative; 0 of none."""
+    return x.max() if x.numel() else x.new_zeros(())
 
 
 def _bounded_exp(log_ratio: Tensor) -> Tensor:

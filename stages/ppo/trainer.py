@@ -203,7 +203,7 @@ class PPOTrainer:
         if self.config.normaliser == "constant":
             weight = self._total(torch.tensor(len(minibatch))) * self.config.rollout.max_response_tokens
         sums = self._gradients(rollout, minibatch, weight, train_actor)
-        stats = {name: self._average(name, value, tokens) for name, value in sums.items()}
+        stats = self._averages(sums, tokens)
         if is_first and train_actor:
             check_same_policy(stats["log_ratio_max"], self.rounding)
         limit = self.config.clip.approxkl
@@ -341,24 +341,34 @@ class PPOTrainer:
         return self._total(torch.tensor(total)) / tokens
 
     def _micro_batches(self, responses: Responses, picked: Tensor | None = None) -> list[Tensor]:
-        """The rows of each forward pass, of all rows or of those picked. Row numbers stay on the CPU."""
+        """The rows of each forward pass, of all rows or of those picked. Row numbers stay on the CPU. Every process
+        makes as many passes as the one that needs most, at last without rows: a model may be in parts on all of them.
+        """
         picked = torch.arange(len(responses.lengths)) if picked is None else picked
         lengths = responses.prompt_lengths[picked].cpu(), responses.lengths[picked].cpu()
         parts = micro_batches(*lengths, self.config.micro_batch_size, self.config.micro_batch_tokens)
-        return [picked[part] for part in parts]
+        passes = int(self.processes.max(torch.tensor([len(parts)])))
+        return [picked[part] for part in parts] + [picked[:0]] * (passes - len(parts))
 
     def _states(self, role: Role, batch: Responses) -> Tensor:
+        if not len(batch.lengths):  # a pass all the same, of two tokens that count for nothing
+            ids = batch.input_ids.new_zeros(1, 2)
+            return response_states(role, ids, torch.ones_like(ids), 1)[:0]
         return response_states(role, batch.input_ids, batch.attention_mask, batch.width)
 
     def _total(self, count: Tensor) -> float:
         """The sum of a number over all processes."""
         return float(self.processes.sum(count[None].double().to(self.actor.device)))
 
-    def _average(self, name: str, value: Tensor, tokens: float) -> float:
-        """A sum over tokens divided by their number, or a maximum, over all processes."""
-        if name.endswith("_max"):
-            return float(self.processes.max(value[None].double().to(self.actor.device)))
-        return self._total(value) / tokens
+    def _averages(self, sums: dict[str, Tensor], tokens: float) -> dict[str, float]:
+        """Sums over tokens divided by their number, and maxima, over all processes."""
+        averages: dict[str, float] = {}
+        for are_maxima, reduce in ((False, self.processes.sum), (True, self.processes.max)):
+            some = {name: value.double() for name, value in sums.items() if name.endswith("_max") == are_maxima}
+            if some:
+                found = reduce(torch.stack(list(some.values()))) / (1 if are_maxima else tokens)
+                averages |= dict(zip(some, found.tolist(), strict=True))
+        return averages
 
     def autocast(self) -> torch.autocast:
         """The precision that passes are computed in."""
