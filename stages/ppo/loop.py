@@ -305,8 +305,7 @@ class Loop:
         raised: list[alarms.Alarm] = []
         if "objective/kl" in metrics:  # not in a round that only sampled, which says nothing
             raised, self.history = alarms.check(metrics, self.history, self.facts)
-        if self.accelerator.is_main_process:
-            self.context.metrics.write(done, **metrics, alarms=[alarm.name for alarm in raised])
+        self.context.metrics.write(done, **metrics, alarms=[alarm.name for alarm in raised])
         self.accelerator.log(metrics, step=done)
         bar.show(done, **{shown: metrics[name] for shown, name in SHOWN.items() if name in metrics})
         for alarm in raised:
