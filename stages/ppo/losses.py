@@ -86,5 +86,7 @@ def value_loss(
     error = (values - returns).square()
     if clip is None:
         return error.sum() / 2, {"clipfrac": error.new_zeros(())}
-    clipped = (values_old + (values - values_old).clamp(-clip, clip) - returns).square()
-    return torch.maximum(error, clipped).sum() / 2, {"clipfrac": (clipped > error).sum(dtype=error.dtype)}
+    moved = values - values_old
+    clipped = (values_old + moved.clamp(-clip, clip) - returns).square()
+    active = (clipped > error) & (moved.abs() > clip)  # not where the two differ by rounding
+    return torch.maximum(error, clipped).sum() / 2, {"clipfrac": active.sum(dtype=error.dtype)}

@@ -161,7 +161,7 @@ def test_several_processes_go_through_a_launcher(here: Path) -> None:
     ("arguments", "message"),
     [
         (["kto", "launch.processes=2"], "kto: kto trains in one process in this version, and `launch` asks for more"),
-        (["ppo", "ppo.launch.processes=3"], "ppo.rollout.prompts: 64 prompts cannot be divided among 3 processes"),
+        (["ppo", "ppo.launch.processes=3"], "ppo.rollout.prompts: 512 prompts cannot be divided among 3 processes"),
         (["sft", "sft.launch.processes=3"], "sft.batch_size: batch_size 32 cannot be divided among 3 processes"),
         (["sft", "sft.launch={processes: 8, config: a.yaml}"], "config says how many processes there are"),
         (["sft", "sft.launch.config=a.yaml"], "launch.config: not a readable accelerate config"),

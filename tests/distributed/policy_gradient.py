@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +25,7 @@ from align.models.opened import open_policy
 from align.models.roles import causal_role
 from align.models.value import critic_from_policy, shared_head
 from align.recipe.training_settings import LoraSettings, OptimSettings
+from align.rewards.batch import RewardBatch
 from align.training.masked import Processes
 from stages import load_specs
 from stages.ppo.config import Config
@@ -32,7 +35,7 @@ from stages.ppo.scorer import Scores
 from stages.ppo.settings import CriticSettings, MissingEosSettings, RolloutSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.distributed.process import signal_at
-from tests.models.tiny import new_opened, save_policy
+from tests.models.tiny import FOR_VLLM, new_opened, save_policy
 from tests.stages.harness import Watched
 
 torch.set_num_threads(1)
@@ -62,12 +65,14 @@ STAGE: dict[str, Any] = {
     "samples_every": 1,
 }
 LONG_TAILS = STAGE | {"rollout": {**STAGE["rollout"], "round_tokens": 2}, "kl": {"estimator": "k2"}}
+VLLM = {**STAGE["rollout"], "engine": "vllm", "kv_cache_bytes": 2**24}
 STAGES: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "ppo": ("ppo", STAGE | {"kl": {"target": 1.0}, "ema": 0.9}, None),
     "ppo stopped": ("ppo", STAGE | {"kl": {"target": 1.0}, "ema": 0.9}, 2),
     "grpo": ("grpo", LONG_TAILS, None),
     "grpo stopped": ("grpo", LONG_TAILS, 2),
     "rloo left": ("rloo", STAGE, 1),
+    "rloo vllm": ("rloo", STAGE | {"rollouts": 2, "rollout": VLLM}, None),
     "rloo spent": ("rloo", STAGE | {"kl": {"budget": 1e-9}}, None),
 }
 """Kind, settings, and the rollout at which the last process gets a signal. What was stopped is then gone on with, but
@@ -155,6 +160,15 @@ def run_stage(name: str, folder: Path, policy: Input, data: str, stops: bool = F
     return {"metrics": result.metrics, "handover": result.handover, "processes": ranks.size()}
 
 
+def dies_once(batch: RewardBatch) -> list[float]:
+    """A reward function that kills the last of the processes that train, the first time it scores their responses."""
+    mark = Path("killed")
+    if len(batch) > 1 and "RANK" in os.environ and os.environ["RANK"] != "0" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [-0.1 * len(text) for text in batch.responses]
+
+
 def main(folder: Path) -> None:
     """Everything, in turn."""
     ranks.join(120)
@@ -176,7 +190,7 @@ def main(folder: Path) -> None:
 
 def prepare(folder: Path, data: str) -> Input:
     """The start policy, and what the processes are asked."""
-    policy = save_policy(new_opened(), folder / "base" / "model")
+    policy = save_policy(new_opened(config=FOR_VLLM), folder / "base" / "model")
     (folder / "asked.json").write_text(json.dumps({"policy": asdict(policy), "data": data}))
     return policy
 
