@@ -77,8 +77,9 @@ class Batch:
     versions: Tensor | None = None
     """(B,T) number of the round whose policy sampled each token; None: this one's."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """Of this process's responses: `learned` from now, and with settings that have them `grown` in this round, of those
-    `carried` over, and `restarted` for it."""
+    """By metric, of this process's responses: those learned from now and, with settings that have them, those carried
+    over, of all that grew in this round, and those restarted for it."""
+    grown: int = 0
 
 
 Generate = Callable[[Sequence[Sequence[int]], int, str], Samples]
@@ -216,11 +217,11 @@ class Flight:
         rest = tuple(group for group in state.groups if any(map(self._is_open, group)))
         ended = [one for group in state.groups if not any(map(self._is_open, group)) for one in group]
         learned = state.learned + len(ended)
-        counts = {"learned": len(ended)}
+        counts = {"rollout/learned": len(ended)}
         if self.settings.round_tokens is not None:
-            counts |= {"grown": state.sampled, "carried": sum(1 for _ in self._open(state))}
+            counts["rollout/carried"] = sum(1 for _ in self._open(state))
         if self.settings.max_staleness is not None:
-            counts["restarted"] = state.restarted
+            counts["rollout/restarted"] = state.restarted
         batch = Batch(
             [self.questions[one.question] for one in ended],
             Samples.of(
@@ -232,5 +233,6 @@ class Flight:
             learned,
             right_pad([one.versions for one in ended], 0, torch.long),
             counts,
+            state.sampled,
         )
         return batch, State(rest, state.begun, learned)

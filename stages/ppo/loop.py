@@ -176,8 +176,9 @@ class Loop:
         metrics, spent = self.learn(index, batch, scores, phases) if responses else ({}, False)
         if responses and not spent:
             self.trainer.adapt(metrics["objective/kl"], index, int(responses))
-        metrics |= flight_metrics(batch.counts, self.trainer.processes) | phases.metrics
-        metrics |= {"episode": episodes, "eps": responses / (time.monotonic() - started)}
+        metrics |= flight_metrics(batch.counts, batch.grown, self.trainer.processes) | phases.metrics
+        metrics["episode"] = episodes
+        metrics["eps"] = responses / (time.monotonic() - started)
         return metrics, spent
 
     def collect(self, index: int, phases: Phases) -> Batch:

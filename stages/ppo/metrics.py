@@ -114,14 +114,13 @@ def staleness_metrics(versions: Tensor, index: int, mask: Tensor, processes: Pro
     }
 
 
-def flight_metrics(counts: Mapping[str, int], processes: Processes = ALONE) -> dict[str, float]:
+def flight_metrics(counts: Mapping[str, int], grown: int, processes: Processes = ALONE) -> dict[str, float]:
     """What became of the responses in flight (see stages.ppo.inflight.Batch)."""
-    totals = processes.sum(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist()
-    found = dict(zip(counts, totals, strict=True))
-    grown = found.pop("grown", 0)
-    if "carried" in found:
-        found["carried"] /= grown
-    return {f"rollout/{name}": value for name, value in found.items()}
+    *totals, all_grown = processes.sum(torch.tensor([*counts.values(), grown], dtype=torch.float64)).tolist()
+    metrics = dict(zip(counts, totals, strict=True))
+    if "rollout/carried" in metrics:
+        metrics["rollout/carried"] /= all_grown
+    return metrics
 
 
 def distinct_ngrams(responses: Sequence[Sequence[int]], n: int = 2) -> float:

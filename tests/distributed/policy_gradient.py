@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +23,6 @@ from align.models.opened import open_policy
 from align.models.roles import causal_role
 from align.models.value import critic_from_policy, shared_head
 from align.recipe.training_settings import LoraSettings, OptimSettings
-from align.rewards.batch import RewardBatch
 from align.training.masked import Processes
 from stages import load_specs
 from stages.ppo.config import Config
@@ -158,15 +155,6 @@ def run_stage(name: str, folder: Path, policy: Input, data: str, stops: bool = F
     except AlignError as error:
         return {"error": str(error), "processes": ranks.size()}
     return {"metrics": result.metrics, "handover": result.handover, "processes": ranks.size()}
-
-
-def dies_once(batch: RewardBatch) -> list[float]:
-    """A reward function that kills the last of the processes that train, the first time it scores their responses."""
-    mark = Path("killed")
-    if len(batch) > 1 and "RANK" in os.environ and os.environ["RANK"] != "0" and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [-0.1 * len(text) for text in batch.responses]
 
 
 def main(folder: Path) -> None:

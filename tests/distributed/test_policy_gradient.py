@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from align.job import Input
@@ -23,11 +22,25 @@ from tests.distributed.conftest import ROOT, environment
 from tests.distributed.policy_gradient import STAGE, TRAINERS, prepare, run_stage, train
 from tests.stages.harness import KINDS, LORA, weights_hash, write_data
 
-METRICS = 1e-5
-"""Bound of relative differences between metrics. Measured: 2e-6, from sums in another order."""
+METRICS = 1e-4
+"""Bound of relative differences between metrics. Measured: 2e-5, from sums in another order."""
 WEIGHTS = 1e-5
 """And between final weights, which the training moves by up to 0.04. Measured: 3e-6."""
 CLOCK = {"time", "eps"}
+
+
+FATAL = """
+import os, signal
+from pathlib import Path
+
+def dies_once(batch):
+    mark = Path("killed")
+    if len(batch.responses) > 1 and os.environ["RANK"] == "1" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [-0.1 * len(text) for text in batch.responses]
+"""
+"""A reward function that kills the second process the first time that it scores responses."""
 
 
 class Pair:
@@ -105,8 +118,8 @@ def test_responses_of_all_processes_are_counted(pair: Pair):
 
 
 def test_each_process_has_responses_of_its_own(pair: Pair):
-    """In flight after the third rollout, with their questions."""
-    folder = pair.folder / "grpo" / "checkpoints" / "step-3"
+    """In flight after the last rollout, with their questions: those before it all end in the third."""
+    folder = pair.folder / "grpo" / "checkpoints" / "step-4"
     first, second = (json.loads((folder / name).read_text())["groups"] for name in ("inflight.json", "inflight-1.json"))
     assert first and second and first != second
 
@@ -146,11 +159,12 @@ def test_a_chain_on_two_processes_of_which_one_is_killed(pair: Pair, tmp_path: P
             **STAGE,
             **LORA,
             "rollouts": 2,
-            "reward": {"model": {}, "fatal": {"function": "tests.distributed.policy_gradient:dies_once"}},
+            "reward": {"model": {}, "fatal": {"function": "fatal:dies_once"}},
             "data": {"path": files["sft"], "held_out": 0.2},
         },
     }
-    (tmp_path / "align.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "fatal.py").write_text(FATAL)
+    (tmp_path / "align.yaml").write_text(json.dumps(recipe))
     command = [sys.executable, "-m", "align", "run", "sft", "reward", "ppo"]
     options: dict[str, Any] = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True}
     killed = subprocess.run(command, timeout=600, **options)
