@@ -63,14 +63,7 @@ class DataParallelAdamW:
 
     def __init__(self, role: Role, settings: OptimSettings):
         self.parameters = list(role.parameters())
-        self.adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.adamw = adamw(self.parameters, settings)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -99,6 +92,18 @@ class DataParallelAdamW:
             index, key = name.split(".", 1)
             state.setdefault(int(index), {})[key] = value
         self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+
+def adamw(parameters: Sequence[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
+    """As the recipe says."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
 
 
 def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -20,7 +20,7 @@ def sharding_arguments(micro: int, accumulation: int, max_grad_norm: float, in_b
     """What the trainer is told of DeepSpeed: the launcher's file, and in all else the recipe. Empty without it."""
     if not ranks.uses_deepspeed():
         return {}
-    settings = _launched_with() | {
+    settings = launched_with() | {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm,  # by itself it clips to 1
@@ -31,7 +31,8 @@ def sharding_arguments(micro: int, accumulation: int, max_grad_norm: float, in_b
     return {"deepspeed": settings}
 
 
-def _launched_with() -> dict[str, Any]:
+def launched_with() -> dict[str, Any]:
+    """What the launcher was told of DeepSpeed, less what the recipe says."""
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
         return read_zero(Path(file))
