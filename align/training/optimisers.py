@@ -25,6 +25,9 @@ class Optimiser(Protocol):
     A step is, in every process: `backward` per micro-batch, `clip`, `step`, `zero_grad`.
     """
 
+    is_sharded: bool
+    """Whether `tensors` are of this process's share; else they are the same in all processes."""
+
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a part of this process's share of the loss."""
         ...
@@ -60,6 +63,8 @@ NewOptimiser = Callable[[Role, OptimSettings], Optimiser]
 
 class DataParallelAdamW:
     """AdamW with all of its state in every process. Gradients are added up over the processes once per step."""
+
+    is_sharded = False
 
     def __init__(self, role: Role, settings: OptimSettings):
         self.parameters = list(role.parameters())

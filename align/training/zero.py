@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from align import ranks
-from align.generation.partitioned import is_partitioned
+from align.generation.partitioned import is_partitioned, whole_model
 from align.models.roles import Role
 from align.recipe.training_settings import OptimSettings
 from align.training.optimisers import BUCKET, DataParallelAdamW, Optimiser, adamw
@@ -25,8 +25,6 @@ from align.training.sharding import launched_with
 
 SCORE = "score"
 """The name of a reward model's head."""
-HELD = "align"
-"""Stands among the modules that use a weight: what is in use is not parted with."""
 
 
 def zero_stage() -> int:
@@ -44,10 +42,12 @@ def new_optimiser(role: Role, settings: OptimSettings) -> Optimiser:
 
 
 class ZeroAdamW:
-    """AdamW of which each process holds the state, and steps the weights, of its share: an `Optimiser`.
+    """AdamW of which each process has the state of its share, and steps that: an `Optimiser`.
 
     DeepSpeed averages gradients over the processes, where a sum is wanted: losses are multiplied by their number.
     """
+
+    is_sharded = True
 
     def __init__(self, role: Role, settings: OptimSettings, stage: int):
         parameters = list(role.parameters())
@@ -141,32 +141,12 @@ def with_whole_head(role: Role) -> Role:
     return replace(role, switch=switch)
 
 
-@contextmanager
-def whole_model(model: nn.Module) -> Iterator[None]:
-    """Inside, all weights of a model are whole in every process, which may then call it on its own. All processes come
-    here. Nothing happens to weights that are whole."""
-    parted: list[Any] = [one for one in model.parameters() if is_partitioned(one) and one.numel() < one.ds_numel]  # type: ignore[attr-defined]
-    if not parted:
-        yield
-        return
-    import deepspeed  # optional
-
-    with deepspeed.zero.GatheredParameters(parted):
-        for one in parted:
-            one.ds_active_sub_modules.add(HELD)
-        try:
-            yield
-        finally:
-            for one in parted:
-                one.ds_active_sub_modules.clear()  # a pass that was computed again leaves some behind
-
-
 def _initialize(module: nn.Module, **arguments: Any) -> Any:
     import deepspeed  # optional
 
     settings = launched_with()
     zero = {"reduce_bucket_size": BUCKET} | settings["zero_optimization"]
-    if zero["stage"] == 3:  # modules are called one by one: there is no order in which they could be fetched ahead
+    if zero["stage"] == 3:  # there is no one order of calls, in which weights could be fetched ahead
         zero |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
     if zero["stage"] == 1:
         zero["overlap_comm"] = False  # gradients are added up once per step
@@ -179,6 +159,8 @@ def _initialize(module: nn.Module, **arguments: Any) -> Any:
         "bf16": {"enabled": next(module.parameters()).dtype == torch.bfloat16},
     }
     engine, *_ = deepspeed.initialize(model=module, config=settings | own | {"zero_optimization": zero}, **arguments)
+    if zero["stage"] == 3:
+        getattr(engine.optimizer, "parameter_offload", engine.optimizer).fwd_pre_hook.remove()
     return engine
 
 

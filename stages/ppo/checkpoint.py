@@ -17,9 +17,10 @@ from torch import Tensor
 
 from align import ranks
 from align.context import Context
+from align.generation.partitioned import is_partitioned
 from align.models.roles import Role
 from align.training.checkpoints import ONE_PROCESS, checkpoint_folder, keep_newest, resumable
-from align.training.optimisers import check_replicas
+from align.training.optimisers import Optimiser, check_replicas
 from stages.ppo.alarms import History
 from stages.ppo.inflight import Flight, State
 from stages.ppo.trainer import PPOTrainer
@@ -37,13 +38,16 @@ def save_checkpoint(
     keep: int,
     layout: dict[str, Any],
 ) -> None:
-    """Commits the state after `rollouts` rollouts. The first of the processes writes what all of them hold, each what
-    it has in flight."""
+    """Commits the state after `rollouts` rollouts. The first of the processes writes what all of them hold, each its
+    share of what is sharded, and what it has in flight."""
     check_replicas(trainer.models)
     target = checkpoint_folder(context.checkpoints, rollouts)
     with ranks.committed_together(target, rollouts=rollouts, layout=layout) as folder:
         if context.is_main:
             _save_shared(folder, trainer, history, rollouts)
+        for name, optimiser in trainer.optimisers.items():
+            if optimiser.is_sharded or context.is_main:
+                save_file(optimiser.tensors(), _optimiser(folder, name, optimiser))
         if flight is not None:
             _in_flight(folder).write_text(json.dumps(asdict(flight.state)), encoding="utf-8")
     if context.is_main:
@@ -52,8 +56,7 @@ def save_checkpoint(
 
 def _save_shared(folder: Path, trainer: PPOTrainer, history: History, rollouts: int) -> None:
     for name, role in trainer.models.items():
-        save_file(_trained(role), folder / f"{name}.safetensors")
-        save_file(trainer.optimisers[name].tensors(), folder / f"{name}_optimiser.safetensors")
+        save_file({key: one.contiguous() for key, one in _trained(role).items()}, folder / f"{name}.safetensors")
     if trainer.ema is not None:
         save_file(trainer.ema.averages, folder / AVERAGE)
     state = {
@@ -63,6 +66,11 @@ def _save_shared(folder: Path, trainer: PPOTrainer, history: History, rollouts: 
         "history": asdict(history),
     }
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def _optimiser(folder: Path, name: str, optimiser: Optimiser) -> Path:
+    """This process's file, or that of all."""
+    return folder / f"{name}_optimiser{f'-{ranks.rank()}' if optimiser.is_sharded else ''}.safetensors"
 
 
 def _in_flight(folder: Path) -> Path:
@@ -80,8 +88,9 @@ def load_checkpoint(
         return 0, History()
     folder = found[1]
     for name, role in trainer.models.items():
-        _restore(dict(role.named_parameters()), load_file(folder / f"{name}.safetensors"))
-        trainer.optimisers[name].restore(load_file(folder / f"{name}_optimiser.safetensors"))
+        _restore(_trained(role), load_file(folder / f"{name}.safetensors"))
+    for name, optimiser in trainer.optimisers.items():
+        optimiser.restore(load_file(_optimiser(folder, name, optimiser)))
     if trainer.ema is not None:
         _restore(trainer.ema.averages, load_file(folder / AVERAGE))
     if flight is not None:
@@ -92,7 +101,8 @@ def load_checkpoint(
 
 
 def _trained(role: Role) -> dict[str, Tensor]:
-    return {name: parameter.detach().contiguous() for name, parameter in role.named_parameters()}
+    """By name; those that are partitioned are among the tensors of their optimiser."""
+    return {name: one.detach() for name, one in role.named_parameters() if not is_partitioned(one)}
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from accelerate.utils import ProjectConfiguration
 from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align import ranks
 from align.context import Context
@@ -27,6 +28,7 @@ from align.evaluation.policy import load_gold
 from align.evaluation.scorer import RewardScorer
 from align.evaluation.stage import evaluate_stage, held_out_prompts
 from align.generation.engine import RolloutEngine
+from align.generation.partitioned import make_whole
 from align.generation.open import Sampled, open_engine
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
@@ -39,10 +41,11 @@ from align.rewards.remote import RemoteReward
 from align.rewards.settings import RewardTerm
 from align.training.masked import Processes
 from align.training.precision import training_dtype
+from align.training.zero import new_optimiser
 from align.training.rows import TokenRow, demonstration_row, load_rows
 from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
-from stages.ppo.models import Models, open_models
+from stages.ppo.models import Models, open_models, shard
 from stages.ppo.ptx import Demonstrations
 from stages.ppo.scorer import Rewarder, TextScorer
 from stages.ppo.trainer import PPOTrainer
@@ -63,6 +66,7 @@ def run(config: Config, context: Context) -> StageResult:
     texts = text_scorers(config, context)
 
     models = open_models(config, context, accelerator.device)
+    shard(models)
     policy = models.policy
     questions, too_long = training_questions(policy, dataset.train, config)
     rewarder = new_rewarder(config, models, texts)
@@ -77,6 +81,7 @@ def run(config: Config, context: Context) -> StageResult:
         processes=Processes(ranks.total, ranks.highest),
         precision=training_dtype(config.precision),
         demonstrations=new_demonstrations(config, context, policy, accelerator),
+        new_optimiser=new_optimiser,
     )
     engine = new_engine(config, context, policy, longest_sequence(policy, questions, config, prompts, evaluation))
     loop = Loop(
@@ -93,6 +98,7 @@ def run(config: Config, context: Context) -> StageResult:
     )
     with closing(engine):
         done = loop.run()
+        make_whole(policy.model)
         with nullcontext() if trainer.ema is None else trainer.ema.applied():
             loop.sync()
             probes = loop.sample_sequences(NUM_PROBES)
@@ -127,6 +133,7 @@ def new_accelerator(context: Context) -> Accelerator:
     folders = ProjectConfiguration(str(context.directory), logging_dir=str(context.directory / "tracking"))
     trackers: list[Any] = list(context.job.track)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers or None, project_config=folders)
+    unset_hf_deepspeed_config()  # weights are checked when they are loaded, and parted later
     if accelerator.num_processes != context.processes:
         raise DistributedError(
             f"{context.job.stage}: {context.processes} processes were started, and {accelerator.num_processes} "
