@@ -209,6 +209,32 @@ class Config(Settings):
             problems["rollout.server_gpu"] = "the servers of several processes cannot be on one GPU: each is on its own"
         return problems
 
+    def zero_problems(self, stage: int, offloads: bool) -> dict[str, str]:
+        """As `Settings.zero_problems`."""
+        if stage == 0:
+            return {}
+        shares_head = self.has_critic and self.critic.kind == "shared-head"
+        problems = {
+            "launch": ("shares cannot be moved to main memory or a disk in this stage", offloads),
+            "critic.kind": ("a head on the actor's own states cannot be trained under ZeRO", shares_head),
+        }
+        if stage == 3:
+            lora, rollout = self.lora, self.rollout
+            together = "processes that hold a weight together cannot work at a pace of their own, as under ZeRO-3"
+            problems |= {
+                "ema": ("weights that are in parts are not averaged (ZeRO-3)", self.ema is not None and lora is None),
+                "fp32_lm_head": ("a head that is in parts is not computed in float32 (ZeRO-3)", self.fp32_lm_head),
+                "offload": ("models that are in parts stay on the GPU (ZeRO-3)", bool(self.offload)),
+                "lora.quantise": ("4-bit weights cannot be parted (ZeRO-3)", bool(lora and lora.quantise)),
+                "gradient_checkpointing": (
+                    "frozen weights that are in parts cannot be computed with again (ZeRO-3 with LoRA)",
+                    self.gradient_checkpointing and lora is not None,
+                ),
+                "rollout.round_tokens": (together, rollout.round_tokens is not None),
+                "rollout.overlap": (together, rollout.overlap),
+            }
+        return {key: what for key, (what, is_so) in problems.items() if is_so}
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         problems = {**self._size_problems(), **self._rollout_problems(), **self._kl_problems()}
