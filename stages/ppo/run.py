@@ -125,11 +125,7 @@ def run(config: Config, context: Context) -> StageResult:
 
 
 def new_accelerator(context: Context) -> Accelerator:
-    """Processes, device and trackers. Raises DistributedError when the processes are not those that were started,
-    ConfigError when they shall share more than the work."""
-    if ranks.uses_deepspeed():
-        what = "trains under ddp only in this version: every process holds the whole model"
-        raise ConfigError(Problem(f"{context.job.stage}.launch", what, "set launch.strategy: ddp"))
+    """Processes, device and trackers. Raises DistributedError when the processes are not those that were started."""
     folders = ProjectConfiguration(str(context.directory), logging_dir=str(context.directory / "tracking"))
     trackers: list[Any] = list(context.job.track)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers or None, project_config=folders)

@@ -20,8 +20,10 @@ from tests.distributed.conftest import ROOT, World, environment
 from tests.distributed.zero_roles import ROLLOUTS, ROWS, TRAINERS, new_roles, new_trainer, train
 from tests.stages.harness import LORA, weights_hash
 
-WEIGHTS = 2e-5
-METRICS = 1e-4
+WEIGHTS = 1e-5
+"""Bound of differences between final weights, from sums in another order. Measured: 2e-6."""
+METRICS = 5e-5
+"""And of those between metrics, relative or absolute. Measured: 5e-6."""
 STRATEGIES = ("ddp", "zero2", "zero3")
 STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")]
 STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora")]
@@ -81,9 +83,9 @@ def close(row: dict[str, float]) -> Any:
 
 
 def flat(row: dict[str, Any]) -> dict[str, float]:
-    """Its numbers, those of lists too."""
+    """Its numbers, those of lists too, and NaN, which JSON has no number for."""
     lists = {f"{key}.{index}": one for key, value in row.items() if isinstance(value, list) for index, one in enumerate(value)}
-    return {key: value for key, value in row.items() if not isinstance(value, list)} | lists
+    return {key: float(value) for key, value in row.items() if not isinstance(value, list)} | lists
 
 
 def gap(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
@@ -108,6 +110,11 @@ def test_two_processes_train_what_one_trains(strategy, variant, folder: Path):
 @pytest.mark.parametrize(("strategy", "variant"), TRAINERS)
 def test_a_checkpoint_goes_on_to_the_last_bit(strategy, variant, folder: Path):
     assert [one["resumed"] for one in told(folder, f"{strategy}-{variant}", "trainer")] == [True, True]
+
+
+@pytest.mark.parametrize(("strategy", "variant"), TRAINERS)
+def test_a_gradient_that_is_not_finite_touches_no_weight(strategy, variant, folder: Path):
+    assert [one["refused"] for one in told(folder, f"{strategy}-{variant}", "trainer")] == [True, True]
 
 
 @pytest.mark.parametrize("variant", ["full", "lora"])

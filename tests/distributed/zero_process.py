@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor
 
 from align import ranks
 from align.context import Context, StopFlag
-from align.errors import AlignError
+from align.errors import AlignError, NumericError
 from align.generation.partitioned import whole_model
 from align.job import Input, Job
 from align.training.masked import Processes
 from align.training.zero import new_optimiser
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from tests.distributed.process import signal_at, use
-from tests.distributed.zero_roles import ROLLOUTS, TRAINERS, new_roles, new_trainer, train
+from tests.distributed.zero_roles import ROLLOUTS, TRAINERS, new_roles, new_trainer, responses, train
 from tests.stages.harness import Watched
 
 torch.set_num_threads(1)
@@ -51,7 +52,21 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     same = all(torch.equal(trained[name], one) for name, one in weights(again).items())
     if ranks.is_main():
         save_file(trained, folder / "weights.safetensors")
-    return {"metrics": metrics, "held": held, "resumed": same and repeated == metrics[-1:]}
+    said = {"metrics": metrics, "held": held, "resumed": same and repeated == metrics[-1:]}
+    return said | {"refused": is_refused(trainer, mine, trained)}
+
+
+def is_refused(trainer: Any, mine: list[int], before: dict[str, Tensor]) -> bool:
+    """Whether rewards without end are refused before a weight is touched."""
+    batch, scores = responses(mine)
+    rollout = trainer.observe(batch, scores)
+    rollout.advantages[batch.mask] = torch.inf
+    try:
+        trainer.improve(rollout, ROLLOUTS - 1)
+    except NumericError as error:
+        same = all(torch.equal(before[name], one) for name, one in weights(trainer).items())
+        return same and "the actor's gradient norm is" in str(error)
+    return False
 
 
 def roles_of(trainer: Any) -> dict[str, Any]:
@@ -88,6 +103,7 @@ def new_context(folder: Path, stage: str, inputs: dict[str, Input], **settings: 
 def run_stage(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """What this process has to say of a whole stage."""
     use(case["strategy"])
+    AcceleratorState._reset_state()  # it is made once per process, and would be of the first case
     inputs = {name: Input(**given) for name, given in case["inputs"].items()}
     context = new_context(folder, "ppo", inputs, **case["settings"])
     if "stop" in case and ranks.rank() == ranks.size() - 1:
