@@ -1,8 +1,8 @@
 """What DeepSpeed does for models that are computed with part by part: body and head apart, by several roles.
 
-ZeRO-1 and 2 leave the weights whole, so only the parameters that a role trains are given to DeepSpeed. Under ZeRO-3 each
-process holds a part of every weight. DeepSpeed makes the weights of a module whole while the module is called, in
-forward and backward, and every process has to call the same modules in the same order.
+ZeRO-1 and 2 leave the weights whole, so only the parameters that a role trains are given to DeepSpeed. Under ZeRO-3
+each process holds a part of every weight. DeepSpeed makes the weights of a module whole while it is called, forward and
+backward, and every process has to call the same modules in the same order.
 """
 
 from __future__ import annotations
@@ -158,8 +158,10 @@ def _initialize(module: nn.Module, **arguments: Any) -> Any:
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": next(module.parameters()).dtype == torch.bfloat16},
     }
-    engine, *_ = deepspeed.initialize(model=module, config=settings | own | {"zero_optimization": zero}, **arguments)
-    if zero["stage"] == 3:
+    engine: Any = deepspeed.initialize(model=module, config=settings | own | {"zero_optimization": zero}, **arguments)[
+        0
+    ]
+    if zero["stage"] == 3:  # at a call of the whole model it would compare the order of calls over the processes
         getattr(engine.optimizer, "parameter_offload", engine.optimizer).fwd_pre_hook.remove()
     return engine
 

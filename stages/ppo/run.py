@@ -28,8 +28,8 @@ from align.evaluation.policy import load_gold
 from align.evaluation.scorer import RewardScorer
 from align.evaluation.stage import evaluate_stage, held_out_prompts
 from align.generation.engine import RolloutEngine
-from align.generation.partitioned import make_whole
 from align.generation.open import Sampled, open_engine
+from align.generation.partitioned import make_whole
 from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.load import local_folder
@@ -41,8 +41,8 @@ from align.rewards.remote import RemoteReward
 from align.rewards.settings import RewardTerm
 from align.training.masked import Processes
 from align.training.precision import training_dtype
-from align.training.zero import new_optimiser
 from align.training.rows import TokenRow, demonstration_row, load_rows
+from align.training.zero import new_optimiser
 from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
 from stages.ppo.models import Models, open_models, shard

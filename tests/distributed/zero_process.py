@@ -19,13 +19,12 @@ from torch import Tensor
 from align import ranks
 from align.context import Context, StopFlag
 from align.errors import AlignError, NumericError
-from align.generation.partitioned import whole_model
 from align.job import Input, Job
 from align.training.masked import Processes
 from align.training.zero import new_optimiser
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from tests.distributed.process import signal_at, use
-from tests.distributed.zero_roles import ROLLOUTS, TRAINERS, new_roles, new_trainer, responses, train
+from tests.distributed.zero_roles import ROLLOUTS, TRAINERS, new_roles, new_trainer, responses, train, weights
 from tests.stages.harness import Watched
 
 torch.set_num_threads(1)
@@ -71,15 +70,6 @@ def is_refused(trainer: Any, mine: list[int], before: dict[str, Tensor]) -> bool
 
 def roles_of(trainer: Any) -> dict[str, Any]:
     return trainer.models | {"reference": trainer.reference}
-
-
-def weights(trainer: Any) -> dict[str, Tensor]:
-    """Of all that is trained, whole."""
-    found = {}
-    for name, role in trainer.models.items():
-        with whole_model(role.module):
-            found |= {f"{name}.{key}": one.detach().clone() for key, one in role.named_parameters()}
-    return found
 
 
 def new_context(folder: Path, stage: str, inputs: dict[str, Input], **settings: Any) -> Context:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from align.generation.engine import Samples
+from align.generation.partitioned import whole_model
 from align.models.adapters import AdaptedBase
 from align.models.packed import pack
 from align.models.roles import Role, causal_role
@@ -48,16 +49,19 @@ def new_roles(variant: str, sharded: bool = False) -> tuple[Role, Role, Role]:
 def new_trainer(roles: tuple[Role, Role, Role], **settings: Any) -> PPOTrainer:
     """Norms are clipped, and several passes make a step."""
     optim = OptimSettings(lr=1e-3, max_grad_norm=0.5)
-    config = Config(
-        rollouts=ROLLOUTS,
-        rollout=RolloutSettings(prompts=ROWS, max_response_tokens=WIDTH),
-        epochs=2,
-        minibatches=1,
-        micro_batch_size=2,
-        optim=optim,
-        critic=CriticSettings(optim=optim),
-    )
+    rollout = RolloutSettings(prompts=ROWS, max_response_tokens=WIDTH)
+    steps = {"rollouts": ROLLOUTS, "rollout": rollout, "epochs": 2, "micro_batch_size": 2}
+    config = Config(**{**steps, "optim": optim, "critic": CriticSettings(optim=optim)})
     return PPOTrainer(config, *roles, seed=0, **settings)
+
+
+def weights(trainer: PPOTrainer) -> dict[str, Tensor]:
+    """Of all that is trained, whole."""
+    found = {}
+    for name, role in trainer.models.items():
+        with whole_model(role.module):
+            found |= {f"{name}.{key}": one.detach().clone() for key, one in role.named_parameters()}
+    return found
 
 
 def train(trainer: PPOTrainer, rows: Sequence[int], rollouts: Iterable[int]) -> list[dict[str, float]]:
