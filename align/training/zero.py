@@ -158,9 +158,8 @@ def _initialize(module: nn.Module, **arguments: Any) -> Any:
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": next(module.parameters()).dtype == torch.bfloat16},
     }
-    engine: Any = deepspeed.initialize(model=module, config=settings | own | {"zero_optimization": zero}, **arguments)[
-        0
-    ]
+    config = settings | own | {"zero_optimization": zero}
+    engine: Any = deepspeed.initialize(model=module, config=config, **arguments)[0]
     if zero["stage"] == 3:  # at a call of the whole model it would compare the order of calls over the processes
         getattr(engine.optimizer, "parameter_offload", engine.optimizer).fwd_pre_hook.remove()
     return engine
