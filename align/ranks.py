@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from align.errors import DistributedError
+from align.errors import AlignError, DistributedError
 from align.records import committed_folder
 
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket closed", "connection refused")
@@ -110,6 +110,33 @@ def any_of(flag: bool) -> bool:
     return bool(found.item())
 
 
+def total(numbers: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes."""
+    return _reduced(numbers, dist.ReduceOp.SUM)
+
+
+def highest(numbers: torch.Tensor) -> torch.Tensor:
+    """The maximum of each number of a tensor over all processes."""
+    return _reduced(numbers, dist.ReduceOp.MAX)
+
+
+@contextmanager
+def failing_together(*kinds: type[AlignError]) -> Iterator[None]:
+    """What is raised inside by any process, if it is of these kinds, is raised by all: the first process's of those
+    that have one. So all can save what they have before they end. Inside, none may wait for another."""
+    error = None
+    try:
+        yield
+    except kinds as one:
+        error = one
+    errors = [error] * size()
+    if size() > 1:
+        dist.all_gather_object(errors, error)
+    for one in errors:
+        if one is not None:
+            raise one
+
+
 @contextmanager
 def committed_together(target: Path, **manifest: Any) -> Iterator[Path]:
     """align.records.committed_folder for a folder that every process writes its own files into. Process 0 commits it
@@ -135,6 +162,14 @@ def as_distributed(error: BaseException) -> DistributedError | None:
             "much slower; run the same command to continue"
         )
     return LostContact(f"process {rank()} of {size()} lost contact with another one")
+
+
+def _reduced(numbers: torch.Tensor, how: Any) -> torch.Tensor:
+    if size() == 1:
+        return numbers
+    found = numbers.to(_device(), copy=True)
+    dist.all_reduce(found, how)
+    return found.to(numbers.device)
 
 
 def _deepspeed_on_cpu() -> None:

@@ -53,9 +53,9 @@ class Samples:
         pad_id: int,
     ) -> Samples:
         """From lists, one for each response."""
-        lengths = torch.tensor([len(row) for row in ids])
+        lengths = torch.tensor([len(row) for row in ids], dtype=torch.long)
         tokens, chosen = right_pad(ids, pad_id, torch.long), right_pad(logprobs, 0.0, torch.float32)
-        return cls(tokens, lengths, torch.tensor(finished), chosen)
+        return cls(tokens, lengths, torch.tensor(finished, dtype=torch.bool), chosen)
 
     def rows(self) -> list[list[int]]:
         """The valid ids of each response."""
@@ -105,7 +105,7 @@ def left_pad(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids (B, P) and attention mask (B, P) of prompts padded on the left, so that responses start in one column."""
-    width = max(len(row) for row in rows)
+    width = max(map(len, rows), default=1)
     ids = torch.full((len(rows), width), pad_id)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     for index, row in enumerate(rows):
@@ -115,6 +115,6 @@ def left_pad(
 
 
 def right_pad(rows: Sequence[Sequence[Any]], fill: Any, dtype: torch.dtype) -> torch.Tensor:
-    """(B,T) of rows that are filled up on the right; (0,0) of none."""
-    width = max(map(len, rows), default=0)
+    """(B,T) of rows that are filled up on the right; (0,1) of none."""
+    width = max(map(len, rows), default=1)
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype).view(len(rows), width)

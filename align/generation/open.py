@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from align import ranks
 from align.errors import ConfigError, RolloutError, leave
 from align.generation.engine import CannotRun, RolloutEngine
 from align.generation.restarting import RestartingEngine
@@ -64,8 +65,10 @@ def open_engine(
     watchdog = Watchdog(settings.timeout, end)
     if settings.engine == "vllm-server":
         return _server(settings, what, watchdog, notice, log)
+    # Of several processes one alone cannot open an engine: they set up vLLM's groups together.
+    max_restarts = settings.max_restarts if ranks.size() == 1 else 0
     try:
-        return RestartingEngine(lambda: _in_process(settings, what, watchdog), settings.max_restarts, notice)
+        return RestartingEngine(lambda: _in_process(settings, what, watchdog), max_restarts, notice)
     except CannotRun as error:
         if settings.engine != "auto":
             raise

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from align.errors import ConfigError, NumericError
 from align.generation.engine import Samples, Sampling, left_pad, request_seed
 from align.models.lora import without_wrapper
+from align.models.partitioned import whole_model
 from align.models.roles import position_ids
 
 
@@ -43,12 +44,13 @@ class TransformersEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            parts = [
-                self._batch(
-                    prompts[start : start + self.batch_size], _draws(start, self.batch_size, sampling), sampling
-                )
-                for start in range(0, len(prompts), self.batch_size)
-            ]
+            with whole_model(self.model):
+                parts = [
+                    self._batch(
+                        prompts[start : start + self.batch_size], _draws(start, self.batch_size, sampling), sampling
+                    )
+                    for start in range(0, len(prompts), self.batch_size)
+                ]
         finally:
             self.model.train(was_training)
         ids, logprobs, lengths, finished = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

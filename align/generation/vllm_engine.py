@@ -15,8 +15,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from align import ranks
 from align.errors import RolloutError
 from align.generation.engine import CannotRun, Samples, Sampling
 from align.generation.rest import NONE, Call, choose_rest
@@ -67,6 +69,9 @@ class VllmEngine:
         engine takes the share `gpu_memory` of it; `sleep` is what it gives up of that when it rests (choose_rest). The
         `watchdog` sees each of its steps.
 
+        Of several processes each opens one, at the same time: vLLM sets up its own groups of processes together, though
+        every engine then computes alone.
+
         Raises CannotRun when vLLM cannot hold the model, ConfigError when it cannot sleep as asked.
         """
         can_sleep = current_platform.is_sleep_mode_available() and current_platform.is_cumem_allocator_available()
@@ -81,10 +86,12 @@ class VllmEngine:
             gpu_memory=gpu_memory,
             seed=seed,
         )
+        if ranks.size() > 1:
+            options["distributed_executor_backend"] = "external_launcher"  # on the GPU that is this process's
         self.max_length, self._watchdog = max_length, watchdog or Watchdog(DEFAULT_TIMEOUT)
         quiet = warnings.catch_warnings(action="ignore")  # they are for vLLM's developers
         try:
-            with quiet, _plain_weights(), self._watchdog.watching("the start of vLLM"):
+            with quiet, _plain_weights(), _keeping_our_group(), self._watchdog.watching("the start of vLLM"):
                 self.llm = LLM(**options, skip_tokenizer_init=True, enable_sleep_mode=sleeps)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise _cannot_run(folder, error) from error
@@ -195,7 +202,8 @@ class VllmEngine:
             getattr(self.llm, name)(**given)
 
     def _shut_down(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
+        with _keeping_our_group():
+            self.llm.llm_engine.engine_core.shutdown()
 
     def _model(self) -> nn.Module:
         executor: Any = self.llm.llm_engine.model_executor
@@ -213,6 +221,17 @@ def _plain_weights() -> Iterator[None]:
         patch.object(vllm_ops, "_supports_onednn", False),
         patch.object(vllm_layers, "check_cpu_sgl_kernel", lambda *_: False),
     ):
+        yield
+
+
+@contextmanager
+def _keeping_our_group() -> Iterator[None]:
+    """Inside, vLLM ends its own groups of processes, and not the one of the trainer's processes that it found."""
+    if ranks.size() == 1:
+        yield
+        return
+    end = dist.destroy_process_group
+    with patch.object(dist, "destroy_process_group", lambda group=None: group and end(group)):
         yield
 
 

@@ -17,8 +17,7 @@ from align.recipe.launch_settings import LaunchSettings, NodesSettings
 from align.recipe.load import Recipe
 from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.shipped import shipped_folder
-from align.recipe.training_settings import TrainingSettings
-from align.recipe.zero import nvme_folders, read_zero
+from align.recipe.zero import nvme_folders, offload_devices, read_zero
 from align.records import write_text
 
 FOLDER = "launch"
@@ -35,6 +34,7 @@ FSDP = {
     "fsdp_cpu_ram_efficient_loading": False,
 }
 """Of `fsdp_config` for `strategy: fsdp`."""
+_OFFLOADS = ("offload_optimizer_device", "offload_param_device")
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,9 @@ def _problems(node: Node, settings: RecipeSettings, launch: Launch) -> Iterator[
     # A stage that makes a model from nothing is small: one process whatever the recipe says.
     if not node.spec.distributed and node.spec.inputs and not settings.launch.is_direct:
         what = f"{node.spec.kind} trains in one process in this version, and `launch` asks for more"
-        yield Problem(node.name, what, "move `launch` into the stages that can: sft, reward, dpo")
-    if isinstance(node.config, TrainingSettings):
-        try:
-            node.config.micro_batches(launch.processes)
-        except ValueError as error:
-            yield Problem(f"{node.name}.batch_size", str(error), "change it, micro_batch_size or launch.processes")
+        yield Problem(node.name, what, "move `launch` into the stages that can: all but kto")
+    for key, what in node.config.process_problems(launch.processes).items():
+        yield Problem(f"{node.name}.{key}", what, "change it, or launch.processes")
     if launch.accelerate is not None and launch.processes % settings.nodes.count:
         what = f"{launch.processes} cannot be divided among {settings.nodes.count} machines"
         yield Problem(f"{node.name}: launch.processes", what)
@@ -135,12 +132,16 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         if own.get(key, "auto") != "auto":
             yield Problem(f"{node.name}: deepspeed_config.{key}", "the recipe says this", "remove it")
+    stage, offloads = int(own.get("zero_stage", 2)), any(own.get(key, "none") != "none" for key in _OFFLOADS)
     if "deepspeed_config_file" in own:
         content = read_zero(Path(own["deepspeed_config_file"]))
+        stage, offloads = content["zero_optimization"].get("stage", 0), bool(offload_devices(content))
         for folder in nvme_folders(content):
             if not Path(folder).is_dir():
                 hint = "mount a disk there, or name a copy of the file in an accelerate config: `launch.config`"
                 yield Problem(f"{node.name}.launch", f"{folder}: no such folder to move weights to", hint)
+    for key, what in node.config.zero_problems(stage, offloads).items():
+        yield Problem(f"{node.name}.{key}", what, "change it, or launch.strategy")
 
 
 def _fsdp_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:

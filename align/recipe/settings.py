@@ -37,6 +37,15 @@ class Settings(BaseModel):
         one input of its own name, unless a stage takes several (PPO's reward)."""
         return {slot: getattr(self, slot, None)}
 
+    def process_problems(self, processes: int) -> dict[str, str]:
+        """What is wrong with these settings on so many processes, by dotted key."""
+        return {}
+
+    def zero_problems(self, stage: int, offloads: bool) -> dict[str, str]:
+        """What is wrong with these settings under a stage of DeepSpeed's ZeRO, which may move shares to main memory or
+        a disk, by dotted key."""
+        return {}
+
 
 def execution(default: Any, *, file: bool = False, **constraints: Any) -> Any:
     """A field that cannot change the result: left out of the fingerprint. `file`: it is a local path."""

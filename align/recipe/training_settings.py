@@ -158,6 +158,14 @@ class TrainingSettings(Settings):
             raise ValueError(f"batch_size {self.batch_size} cannot be divided among {processes} processes{of}")
         return micro, passes
 
+    def process_problems(self, processes: int) -> dict[str, str]:
+        """As `Settings.process_problems`."""
+        try:
+            self.micro_batches(processes)
+        except ValueError as error:
+            return {"batch_size": str(error)}
+        return {}
+
     @model_validator(mode="after")
     def _micro_divides(self) -> TrainingSettings:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:

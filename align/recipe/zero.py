@@ -47,8 +47,17 @@ def read_zero(path: Path) -> dict[str, Any]:
 
 def nvme_folders(content: dict[str, Any]) -> list[str]:
     """The folders that a DeepSpeed file moves weights or states to."""
-    parts = (content["zero_optimization"].get(name) or {} for name in ("offload_optimizer", "offload_param"))
-    return sorted({part["nvme_path"] for part in parts if part.get("device") == "nvme" and "nvme_path" in part})
+    parts = [part for part in _offloads(content) if part.get("device") == "nvme"]
+    return sorted({part["nvme_path"] for part in parts if "nvme_path" in part})
+
+
+def offload_devices(content: dict[str, Any]) -> list[str]:
+    """Where a DeepSpeed file moves weights or states to: cpu, nvme."""
+    return sorted({part["device"] for part in _offloads(content) if part.get("device", "none") != "none"})
+
+
+def _offloads(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return [content["zero_optimization"].get(name) or {} for name in ("offload_optimizer", "offload_param")]
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from align.errors import ArtifactError
+from align import ranks
+from align.context import Context
+from align.errors import ArtifactError, ConfigError
 from align.records import read_manifest, remove_folder, sweep
 
 PREFIX = "step-"
+
+ONE_PROCESS = {"processes": 1, "zero": 0}
+"""The layout of a checkpoint that names none: of a version that knew no other."""
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -39,6 +45,27 @@ def newest_valid(checkpoints: Path) -> tuple[int, Path] | None:
             f"{checkpoints}: no checkpoint verifies; remove the folder to start the stage again\n" + "\n".join(faults)
         )
     return None
+
+
+def resumable(context: Context, layout: dict[str, Any]) -> tuple[int, Path] | None:
+    """The checkpoint that processes of this layout (align.training.sharding) go on from, the same in all of them.
+    Raises ConfigError when others than these wrote it."""
+    found = ranks.share(newest_valid(context.checkpoints) if context.is_main else None)
+    if found is None:
+        return None
+    stage, wrote = context.job.stage, read_manifest(found[1]).get("layout", ONE_PROCESS)
+    if wrote != layout:
+        raise ConfigError(
+            f"{stage}: its checkpoint of step {found[0]} was written by {describe(wrote)}, and these are "
+            f"{describe(layout)}; go on with `launch` as it was, or start again with --force {stage}"
+        )
+    return found
+
+
+def describe(layout: dict[str, Any]) -> str:
+    """A layout in words."""
+    how = "fsdp" if "fsdp" in layout else f"zero{layout['zero']}" if layout["zero"] else "ddp"
+    return f"{layout['processes']} processes under {how}" if layout["processes"] > 1 else f"1 process under {how}"
 
 
 def keep_newest(checkpoints: Path, count: int, step: int) -> None:

@@ -23,13 +23,19 @@ def identity(sums: Tensor) -> Tensor:
 
 
 class Processes(NamedTuple):
-    """The sum and the maximum of a 1-D tensor over all processes."""
+    """The sum and the maximum of each number of a 1-D tensor over all processes."""
 
     sum: Reduce
     max: Reduce
 
 
 ALONE = Processes(identity, identity)
+
+
+def largest(x: Tensor, processes: Processes = ALONE) -> float:
+    """The largest number of x over all processes, of which some may have none; -inf when all have none."""
+    own = x.max().double() if x.numel() else torch.tensor(-torch.inf, dtype=torch.float64, device=x.device)
+    return float(processes.max(own[None]))
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:

@@ -27,7 +27,7 @@ def sharding_arguments(micro: int, accumulation: int, max_grad_norm: float, in_b
     """What the trainer is told of DeepSpeed: the launcher's file, and in all else the recipe. Empty without it."""
     if not ranks.uses_deepspeed():
         return {}
-    launched = _launched_with()
+    launched = launched_with()
     if nvme_folders(launched):
         _check_disk_access()
     settings = launched | {
@@ -54,7 +54,8 @@ def loading(config: TrainingSettings) -> Iterator[None]:
     del kept
 
 
-def _launched_with() -> dict[str, Any]:
+def launched_with() -> dict[str, Any]:
+    """What the launcher was told of DeepSpeed, less what the recipe says."""
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
         return read_zero(Path(file))
@@ -65,7 +66,7 @@ def _launched_with() -> dict[str, Any]:
 
 
 def _check_disk_access() -> None:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[attr-defined]
 
     if not AsyncIOBuilder().is_compatible():
         what = "DeepSpeed moves weights to a disk with libaio, and a program that uses it cannot be built here"
@@ -74,21 +75,11 @@ def _check_disk_access() -> None:
         )
 
 
-ONE_PROCESS = {"processes": 1, "zero": 0}
-"""The layout of a checkpoint that names none: of a version that knew no other."""
-
-
 def layout(accelerator: Accelerator) -> dict[str, Any]:
     """Who writes a checkpoint: others cannot read it."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     sharded = {"fsdp": True} if accelerator.is_fsdp2 else {}
     return {"processes": accelerator.num_processes, "zero": plugin.zero_stage if plugin else 0, **sharded}
-
-
-def describe(layout: dict[str, Any]) -> str:
-    """A layout in words."""
-    how = "fsdp" if "fsdp" in layout else f"zero{layout['zero']}" if layout["zero"] else "ddp"
-    return f"{layout['processes']} processes under {how}" if layout["processes"] > 1 else f"1 process under {how}"
 
 
 def whole_while(trainer: Any, sample: Callable[[int], None] | None) -> Callable[[int], None] | None:

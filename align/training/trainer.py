@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ from align.errors import ConfigError, DistributedError, NumericError, Problem
 from align.recipe.training_settings import OptimSettings, TrainingSettings
 from align.records import read_manifest
 from align.training import fsdp
-from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
+from align.training.checkpoints import checkpoint_folder, keep_newest, resumable
 from align.training.division import DividedTrainer, OwnRows
 from align.training.precision import trains_in_bfloat16
 from align.training.progress import StageProgress
-from align.training.sharding import ONE_PROCESS, describe, layout, leave_sharded, sharding_arguments, whole_while
+from align.training.sharding import layout, leave_sharded, sharding_arguments, whole_while
 
 SAVED_BY_TRAINER = "training_args.bin"
 """A pickle that the trainer writes into every checkpoint; it can hold tokens, and nothing reads it."""
@@ -219,7 +218,7 @@ def run_training(
         )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    found = _newest_checkpoint(context, layout(trainer.accelerator))
+    found = resumable(context, layout(trainer.accelerator))
     context.metrics.truncate_after(found[0] if found else 0)
     context.samples.truncate_after(found[0] if found else 0)
     trainer._total_train_tokens = read_manifest(found[1])["tokens"] if found else 0
@@ -235,17 +234,3 @@ def run_training(
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
         if model is not None:
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-
-
-def _newest_checkpoint(context: Context, layout: dict[str, Any]) -> tuple[int, Path] | None:
-    """The checkpoint to go on from. Raises ConfigError when other processes than these wrote it."""
-    found = ranks.share(newest_valid(context.checkpoints) if context.is_main else None)
-    if found is None:
-        return None
-    stage, wrote = context.job.stage, read_manifest(found[1]).get("layout", ONE_PROCESS)
-    if wrote != layout:
-        raise ConfigError(
-            f"{stage}: its checkpoint of step {found[0]} was written by {describe(wrote)}, and these are "
-            f"{describe(layout)}; go on with `launch` as it was, or start again with --force {stage}"
-        )
-    return found

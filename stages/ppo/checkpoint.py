@@ -8,82 +8,104 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from align import ranks
 from align.context import Context
+from align.models.partitioned import is_partitioned
 from align.models.roles import Role
-from align.records import committed_folder
-from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
+from align.training.checkpoints import ONE_PROCESS, checkpoint_folder, keep_newest, resumable
+from align.training.optimisers import Optimiser, check_replicas
 from stages.ppo.alarms import History
 from stages.ppo.inflight import Flight, State
 from stages.ppo.trainer import PPOTrainer
 
 STATE = "state.json"
 AVERAGE = "average.safetensors"
-IN_FLIGHT = "inflight.json"
 
 
 def save_checkpoint(
-    context: Context, trainer: PPOTrainer, flight: Flight | None, history: History, rollouts: int, keep: int
+    context: Context,
+    trainer: PPOTrainer,
+    flight: Flight | None,
+    history: History,
+    rollouts: int,
+    keep: int,
+    layout: dict[str, Any],
 ) -> None:
-    """Commits the state after `rollouts` rollouts."""
-    with committed_folder(checkpoint_folder(context.checkpoints, rollouts), rollouts=rollouts) as folder:
-        for name, role in trainer.models.items():
-            save_file(_trained(role), folder / f"{name}.safetensors")
-            save_file(_optimiser_tensors(trainer.optimisers[name]), folder / f"{name}_optimiser.safetensors")
-        if trainer.ema is not None:
-            save_file(trainer.ema.averages, folder / AVERAGE)
+    """Commits the state after `rollouts` rollouts. The first of the processes writes what all of them hold, each its
+    share of what is sharded, and what it has in flight."""
+    check_replicas(trainer.models)
+    target = checkpoint_folder(context.checkpoints, rollouts)
+    with ranks.committed_together(target, rollouts=rollouts, layout=layout) as folder:
+        if context.is_main:
+            _save_shared(folder, trainer, history, rollouts)
+        for name, optimiser in trainer.optimisers.items():
+            if optimiser.is_sharded or context.is_main:
+                save_file(optimiser.tensors(), _optimiser(folder, name, optimiser))
         if flight is not None:
-            (folder / IN_FLIGHT).write_text(json.dumps(asdict(flight.state)), encoding="utf-8")
-        state = {
-            "rollouts": rollouts,
-            "num_steps": trainer.num_steps,
-            "kl_coef": trainer.kl_coef,
-            "history": asdict(history),
-        }
-        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
-    keep_newest(context.checkpoints, keep, rollouts)
+            _in_flight(folder).write_text(json.dumps(asdict(flight.state)), encoding="utf-8")
+    if context.is_main:
+        keep_newest(context.checkpoints, keep, rollouts)
 
 
-def load_checkpoint(context: Context, trainer: PPOTrainer, flight: Flight | None = None) -> tuple[int, History]:
-    """Restores the newest checkpoint that verifies. Returns the rollouts done, 0 when there is none."""
-    found = newest_valid(context.checkpoints)
+def _save_shared(folder: Path, trainer: PPOTrainer, history: History, rollouts: int) -> None:
+    for name, role in trainer.models.items():
+        save_file({key: one.contiguous() for key, one in _trained(role).items()}, folder / f"{name}.safetensors")
+    if trainer.ema is not None:
+        save_file(trainer.ema.averages, folder / AVERAGE)
+    state = {
+        "rollouts": rollouts,
+        "num_steps": trainer.num_steps,
+        "kl_coef": trainer.kl_coef,
+        "history": asdict(history),
+    }
+    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def _optimiser(folder: Path, name: str, optimiser: Optimiser) -> Path:
+    """This process's file, or that of all."""
+    return folder / f"{name}_optimiser{f'-{ranks.rank()}' if optimiser.is_sharded else ''}.safetensors"
+
+
+def _in_flight(folder: Path) -> Path:
+    """This process's file."""
+    return folder / (f"inflight-{ranks.rank()}.json" if ranks.rank() else "inflight.json")
+
+
+def load_checkpoint(
+    context: Context, trainer: PPOTrainer, flight: Flight | None = None, layout: dict[str, Any] = ONE_PROCESS
+) -> tuple[int, History]:
+    """Restores the newest checkpoint that verifies. Returns the rollouts done, 0 when there is none. Raises ConfigError
+    when it was written by processes of another layout."""
+    found = resumable(context, layout)
     if found is None:
         return 0, History()
     folder = found[1]
     for name, role in trainer.models.items():
-        _restore(dict(role.named_parameters()), load_file(folder / f"{name}.safetensors"))
-        _restore_optimiser(trainer.optimisers[name], load_file(folder / f"{name}_optimiser.safetensors"))
+        _restore(_trained(role), load_file(folder / f"{name}.safetensors"))
+    for name, optimiser in trainer.optimisers.items():
+        optimiser.restore(load_file(_optimiser(folder, name, optimiser)))
     if trainer.ema is not None:
         _restore(trainer.ema.averages, load_file(folder / AVERAGE))
     if flight is not None:
-        flight.state = State.restored(json.loads((folder / IN_FLIGHT).read_text(encoding="utf-8")))
+        flight.state = State.restored(json.loads(_in_flight(folder).read_text(encoding="utf-8")))
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     trainer.num_steps, trainer.kl_coef = state["num_steps"], state["kl_coef"]
     return state["rollouts"], History(**state["history"])
 
 
 def _trained(role: Role) -> dict[str, Tensor]:
-    return {name: parameter.detach().contiguous() for name, parameter in role.named_parameters()}
+    """By name; those that are partitioned are among the tensors of their optimiser."""
+    return {name: one.detach() for name, one in role.named_parameters() if not is_partitioned(one)}
 
 
 @torch.no_grad()
 def _restore(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
-
-
-def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimiser.state_dict()["state"]
-    return {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
-
-
-def _restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

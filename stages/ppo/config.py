@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from align.recipe.data_settings import Data, Role
+from align.recipe.launch_settings import LaunchSettings
 from align.recipe.settings import Fraction, Settings, execution, refuse, source
 from align.recipe.spec import Kind, Slot, StageSpec
 from align.recipe.training_settings import CheckpointSettings, LoraSettings, OptimSettings
@@ -160,6 +161,9 @@ class Config(Settings):
     samples_every: PositiveInt | None = execution(None)
     """Rollouts between entries of samples.jsonl. None: a tenth of the stage."""
 
+    launch: LaunchSettings | None = execution(None)
+    """Processes of this stage. None: the recipe's `launch`."""
+
     seed: int | None = None
     """None: the recipe's seed."""
 
@@ -183,6 +187,51 @@ class Config(Settings):
         if slot != "reward":
             return super().sources(slot)
         return {key: name for term, settings in self.reward.items() for key, name in settings.inputs(term).items()}
+
+    def process_problems(self, processes: int) -> dict[str, str]:
+        """As `Settings.process_problems`: each process has whole prompts, with all their responses."""
+        if processes == 1:
+            return {}
+        among = f"cannot be divided among {processes} processes"
+        problems, rollout = {}, self.rollout
+        if rollout.prompts % processes:
+            problems["rollout.prompts"] = f"{rollout.prompts} prompts {among}"
+        elif self.responses // processes % self.minibatches:
+            each = f"{self.responses // processes} responses of each of {processes} processes"
+            problems["minibatches"] = f"{each} are not a multiple of {self.minibatches}"
+        if self.ptx is not None and self.ptx.batch_size % processes:
+            problems["ptx.batch_size"] = f"{self.ptx.batch_size} rows {among}"
+        if rollout.address is not None:
+            problems["rollout.address"] = (
+                "one server cannot hold the policies of several processes: each starts its own"
+            )
+        return problems
+
+    def zero_problems(self, stage: int, offloads: bool) -> dict[str, str]:
+        """As `Settings.zero_problems`."""
+        if stage == 0:
+            return {}
+        shares_head = self.has_critic and self.critic.kind == "shared-head"
+        problems = {
+            "launch": ("shares cannot be moved to main memory or a disk in this stage", offloads),
+            "critic.kind": ("a head on the actor's own states cannot be trained under ZeRO", shares_head),
+        }
+        if stage == 3:
+            lora, rollout = self.lora, self.rollout
+            together = "processes that hold a weight together cannot work at a pace of their own, as under ZeRO-3"
+            problems |= {
+                "ema": ("weights that are in parts are not averaged (ZeRO-3)", self.ema is not None and lora is None),
+                "fp32_lm_head": ("a head that is in parts is not computed in float32 (ZeRO-3)", self.fp32_lm_head),
+                "offload": ("models that are in parts stay on the GPU (ZeRO-3)", bool(self.offload)),
+                "lora.quantise": ("4-bit weights cannot be parted (ZeRO-3)", bool(lora and lora.quantise)),
+                "gradient_checkpointing": (
+                    "frozen weights that are in parts cannot be computed with again (ZeRO-3 with LoRA)",
+                    self.gradient_checkpointing and lora is not None,
+                ),
+                "rollout.round_tokens": (together, rollout.round_tokens is not None),
+                "rollout.overlap": (together, rollout.overlap),
+            }
+        return {key: what for key, (what, is_so) in problems.items() if is_so}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
@@ -373,6 +422,7 @@ def _spec(kind: str, summary: str, config: type[Config]) -> StageSpec:
         more_data={"ptx.data": Role.DEMONSTRATIONS},
         memory="stages.ppo.layout:describe",
         workload="stages.ppo.memory:workload",
+        distributed=True,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from align.training.masked import ALONE, Processes, masked_sum, moments
+from align.training.masked import ALONE, Processes, largest, masked_sum, moments
 from stages.ppo.rollout import Rollout
 
 
@@ -43,6 +43,6 @@ def correction_metrics(weights: Tensor, rollout: Rollout, processes: Processes =
     mask = rollout.responses.mask
     return {
         "correction/weight_mean": moments(weights, mask, processes.sum).mean,
-        "correction/weight_min": -float(processes.max(-weights[mask].min()[None].double())),
-        "correction/weight_max": float(processes.max(weights[mask].max()[None].double())),
+        "correction/weight_min": -largest(-weights[mask], processes),
+        "correction/weight_max": largest(weights[mask], processes),
     }

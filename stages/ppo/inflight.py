@@ -73,10 +73,13 @@ class Batch:
     questions: Sequence[Question]
     samples: Samples
     episodes: int
-    """Responses learned from, these included."""
+    """Responses of this process that were learned from, these included."""
     versions: Tensor | None = None
     """(B,T) number of the round whose policy sampled each token; None: this one's."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """By metric, of this process's responses: those learned from now and, with settings that have them, those carried
+    over, of all that grew in this round, and those restarted for it."""
+    grown: int = 0
 
 
 Generate = Callable[[Sequence[Sequence[int]], int, str], Samples]
@@ -214,11 +217,11 @@ class Flight:
         rest = tuple(group for group in state.groups if any(map(self._is_open, group)))
         ended = [one for group in state.groups if not any(map(self._is_open, group)) for one in group]
         learned = state.learned + len(ended)
-        metrics = {"rollout/learned": float(len(ended))}
+        counts = {"rollout/learned": len(ended)}
         if self.settings.round_tokens is not None:
-            metrics["rollout/carried"] = sum(1 for _ in self._open(state)) / state.sampled
+            counts["rollout/carried"] = sum(1 for _ in self._open(state))
         if self.settings.max_staleness is not None:
-            metrics["rollout/restarted"] = float(state.restarted)
+            counts["rollout/restarted"] = state.restarted
         batch = Batch(
             [self.questions[one.question] for one in ended],
             Samples.of(
@@ -229,6 +232,7 @@ class Flight:
             ),
             learned,
             right_pad([one.versions for one in ended], 0, torch.long),
-            metrics,
+            counts,
+            state.sampled,
         )
         return batch, State(rest, state.begun, learned)

@@ -13,19 +13,30 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 
+from align import ranks
 from align.context import Context
 from align.data.render import Renderer
 from align.errors import ConfigError, Interrupted, NumericError, RolloutError
 from align.evaluation.policy import GoldScorer
 from align.generation.engine import RolloutEngine, Samples, Sampling
+from align.training.masked import largest, moments
+from align.training.optimisers import check_replicas
 from align.training.parity import NUM_PROBES, ParityGuard
 from align.training.progress import StageProgress
+from align.training.sharding import layout
 from stages.ppo import alarms
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from stages.ppo.config import Config
 from stages.ppo.correction import correction_metrics, importance_weights
 from stages.ppo.inflight import Batch, Flight
-from stages.ppo.metrics import Phases, distinct_ngrams, mismatch, rollout_metrics, staleness_metrics
+from stages.ppo.metrics import (
+    Phases,
+    distinct_ngrams,
+    flight_metrics,
+    mismatch,
+    rollout_metrics,
+    staleness_metrics,
+)
 from stages.ppo.packing import stretch
 from stages.ppo.rollout import Question, Rollout, join
 from stages.ppo.scorer import Rewarder, Scores
@@ -78,7 +89,8 @@ class Loop:
         """All rollouts, from the newest checkpoint that verifies. Returns their number: fewer than the recipe's when
         the KL budget is spent. Raises Interrupted after a signal."""
         config, context = self.config, self.context
-        start, self.history = load_checkpoint(context, self.trainer, self.flight)
+        start, self.history = load_checkpoint(context, self.trainer, self.flight, layout(self.accelerator))
+        check_replicas(self.trainer.models)
         context.metrics.truncate_after(start)
         context.samples.truncate_after(start)
         checkpoint_every = config.checkpoint.every_steps or math.ceil(config.rollouts / 10)
@@ -95,9 +107,10 @@ class Loop:
                 if spent:
                     self.budget_spent(done, metrics["objective/kl"])
                     break
-                if done % checkpoint_every == 0 or context.stop.is_set:
+                stops = ranks.any_of(context.stop.is_set)  # all processes stop after the same rollout
+                if done % checkpoint_every == 0 or stops:
                     self.save(done)
-                if context.stop.is_set and done < config.rollouts:
+                if stops and done < config.rollouts:
                     context.stop_here(done)
         self.save(done)  # the policy is still to be measured, which may fail
         return done
@@ -131,34 +144,41 @@ class Loop:
         """A checkpoint after `done` rollouts, with what is sampled ahead. Raises RolloutError, after a checkpoint
         without it, when that went wrong."""
         try:
-            if self.flight is not None:
-                self.flight.settle()
+            with ranks.failing_together(RolloutError):
+                if self.flight is not None:
+                    self.flight.settle()
         except RolloutError:
             self._save(done)
             raise
         self._save(done)
 
     def _save(self, done: int) -> None:
-        save_checkpoint(self.context, self.trainer, self.flight, self.history, done, self.config.checkpoint.keep)
+        keep = self.config.checkpoint.keep
+        save_checkpoint(self.context, self.trainer, self.flight, self.history, done, keep, layout(self.accelerator))
 
     def rollout(self, index: int) -> tuple[dict[str, float], bool]:
         """One round: sync, sample, score, observe, improve. Returns its metrics, and whether the KL budget is spent:
         then the round is not learned from."""
         started, phases = time.monotonic(), Phases()
         try:
-            batch = self.collect(index, phases)
-            with phases.phase("time/score"):
-                scores = self.score(batch) if batch.questions else None
+            with ranks.failing_together(Interrupted, RolloutError):
+                batch = self.collect(index, phases)
+                with phases.phase("time/score"):
+                    scores = self.score(batch)
         except (Interrupted, RolloutError):  # an engine or an endpoint is down: what was learned before is kept
             if self.flight is not None:
                 self.flight.give_up()
             if index > 0:
                 self.save(index)
             raise
-        metrics, spent = ({}, False) if scores is None else self.learn(index, batch, scores, phases)
-        metrics |= {**batch.metrics, **phases.metrics}
-        metrics["episode"] = float(batch.episodes)
-        metrics["eps"] = len(batch.questions) * self.accelerator.num_processes / (time.monotonic() - started)
+        sizes = torch.tensor([len(batch.questions), batch.episodes], dtype=torch.float64)
+        responses, episodes = self.trainer.processes.sum(sizes).tolist()
+        metrics, spent = self.learn(index, batch, scores, phases) if responses else ({}, False)
+        if responses and not spent:
+            self.trainer.adapt(metrics["objective/kl"], index, int(responses))
+        metrics |= flight_metrics(batch.counts, batch.grown, self.trainer.processes) | phases.metrics
+        metrics["episode"] = episodes
+        metrics["eps"] = responses / (time.monotonic() - started)
         return metrics, spent
 
     def collect(self, index: int, phases: Phases) -> Batch:
@@ -170,7 +190,7 @@ class Loop:
         questions = self.batch(index)
         with phases.phase("time/rollout"):
             samples = self.sample(questions, f"rollout {index}")
-        return Batch(questions, samples, (index + 1) * self.config.responses)
+        return Batch(questions, samples, (index + 1) * len(questions))
 
     def score(self, batch: Batch) -> Scores:
         """The reward."""
@@ -184,8 +204,8 @@ class Loop:
         with phases.phase("time/observe"):
             rollout = self.trainer.observe(responses, scores.tokens.to(device))
         if self.trainer.num_steps == 0 and self.starts_at_reference():
-            difference = (rollout.logp_old - rollout.logp_ref).abs().max()
-            alarms.check_starts_at_reference(float(difference), self.trainer.rounding)
+            difference = largest((rollout.logp_old - rollout.logp_ref).abs(), processes)
+            alarms.check_starts_at_reference(difference, self.trainer.rounding)
         rollout, corrected = self.correct(index, batch, rollout)
         metrics = rollout_metrics(rollout, self.trainer.kl_coef, scores, processes)
         metrics |= self.text_metrics(batch.questions, batch.samples) | corrected
@@ -194,8 +214,6 @@ class Loop:
         if not spent:
             with phases.phase("time/learn"):
                 metrics |= self.trainer.improve(rollout, index)
-            count = len(batch.questions) * self.accelerator.num_processes
-            self.trainer.adapt(metrics["objective/kl"], index, count)
         self.write_samples(index, batch, scores, rollout)
         return metrics, spent
 
@@ -213,18 +231,20 @@ class Loop:
         versions = batch.versions.to(mask.device)
         metrics |= staleness_metrics(versions, index, mask, processes)
         comparable = mask & (versions == index)
-        if comparable.any():
+        if largest(comparable.double(), processes) > 0:
             metrics |= mismatch(behaviour, rollout, comparable, processes)
         return replace(corrected, weights=weights), metrics
 
     def text_metrics(self, questions: Sequence[Question], samples: Samples) -> dict[str, float]:
-        """What is read off the responses themselves; on several processes, off this process's."""
+        """What is read off the responses themselves. `samples/distinct_2` is of this process's: how many n-grams are
+        different does not add up."""
         rows = samples.rows()
         metrics = {"samples/distinct_2": distinct_ngrams(rows)}
         if self.gold is not None:
             texts = [self.renderer.decode(row) for row in rows]
-            scores = self.gold([one.messages[-1]["content"] for one in questions], texts)
-            metrics["samples/gold"] = sum(scores) / len(scores)
+            scores = self.gold([one.messages[-1]["content"] for one in questions], texts) if texts else []
+            given = torch.tensor(scores, dtype=torch.float64)
+            metrics["samples/gold"] = moments(given, reduce=self.trainer.processes.sum).mean
         return metrics
 
     def starts_at_reference(self) -> bool:
@@ -286,8 +306,7 @@ class Loop:
         raised: list[alarms.Alarm] = []
         if "objective/kl" in metrics:  # not in a round that only sampled, which says nothing
             raised, self.history = alarms.check(metrics, self.history, self.facts)
-        if self.accelerator.is_main_process:
-            self.context.metrics.write(done, **metrics, alarms=[alarm.name for alarm in raised])
+        self.context.metrics.write(done, **metrics, alarms=[alarm.name for alarm in raised])
         self.accelerator.log(metrics, step=done)
         bar.show(done, **{shown: metrics[name] for shown, name in SHOWN.items() if name in metrics})
         for alarm in raised:

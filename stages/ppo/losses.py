@@ -46,8 +46,8 @@ def policy_loss(
             "ratio": masked_sum(ratio, mask),
             "ratio_squared": masked_sum(ratio.square(), mask),
             "ratio_clamped": (log_ratio.abs() > MAX_LOG_RATIO).sum(dtype=ratio.dtype),
-            "ratio_max": torch.where(mask, ratio, 0).max(),
-            "log_ratio_max": log_ratio.abs().max(),
+            "ratio_max": _largest(torch.where(mask, ratio, 0)),
+            "log_ratio_max": _largest(log_ratio.abs()),
         }
     return loss.sum(), stats
 
@@ -69,6 +69,11 @@ def kl_loss(
     return (ratio * k2(logp_new, logp_ref)).sum()
 
 
+def _largest(x: Tensor) -> Tensor:
+    """Of numbers that are not negative; 0 of none."""
+    return x.max() if x.numel() else x.new_zeros(())
+
+
 def _bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
@@ -81,5 +86,7 @@ def value_loss(
     error = (values - returns).square()
     if clip is None:
         return error.sum() / 2, {"clipfrac": error.new_zeros(())}
-    clipped = (values_old + (values - values_old).clamp(-clip, clip) - returns).square()
-    return torch.maximum(error, clipped).sum() / 2, {"clipfrac": (clipped > error).sum(dtype=error.dtype)}
+    moved = values - values_old
+    clipped = (values_old + moved.clamp(-clip, clip) - returns).square()
+    active = (clipped > error) & (moved.abs() > clip)  # not where the two differ by rounding
+    return torch.maximum(error, clipped).sum() / 2, {"clipfrac": active.sum(dtype=error.dtype)}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from align.training.masked import ALONE, Processes, correlation, masked_sum, moments
+from align.training.masked import ALONE, Processes, correlation, largest, masked_sum, moments
 from stages.ppo import kl
 from stages.ppo.advantages import explained_variance
 from stages.ppo.rollout import Rollout
@@ -44,8 +44,8 @@ def rollout_metrics(rollout: Rollout, coef: float, given: Scores, processes: Pro
         **kl_summary,
         "objective/scores": scores.mean,
         "objective/scores_std": scores.variance**0.5,
-        "objective/scores_min": -float(processes.max(-rollout.scores.min()[None].double())),
-        "objective/scores_max": float(processes.max(rollout.scores.max()[None].double())),
+        "objective/scores_min": -largest(-rollout.scores, processes),
+        "objective/scores_max": largest(rollout.scores, processes),
         "objective/raw_scores": moments(raw_scores, reduce=reduce).mean,
         "objective/kl_coef": coef,
         "objective/non_score_reward": -coef * kl_summary["objective/kl"],
@@ -101,7 +101,7 @@ def mismatch(engine_logprobs: Tensor, rollout: Rollout, mask: Tensor, processes:
     return {
         "samples/mismatch_kl": moments(kl.k3(theirs, rollout.logp_old), mask, processes.sum).mean,
         "samples/mismatch_mean": moments(gap, mask, processes.sum).mean,
-        "samples/mismatch_max": float(processes.max(gap.max()[None].double())),
+        "samples/mismatch_max": largest(gap, processes),
     }
 
 
@@ -110,8 +110,17 @@ def staleness_metrics(versions: Tensor, index: int, mask: Tensor, processes: Pro
     ages = index - versions
     return {
         "rollout/staleness_mean": moments(ages.double(), mask, processes.sum).mean,
-        "rollout/staleness_max": float(processes.max(ages[mask].max()[None].double())),
+        "rollout/staleness_max": largest(ages[mask], processes),
     }
+
+
+def flight_metrics(counts: Mapping[str, int], grown: int, processes: Processes = ALONE) -> dict[str, float]:
+    """What became of the responses in flight (see stages.ppo.inflight.Batch)."""
+    *totals, all_grown = processes.sum(torch.tensor([*counts.values(), grown], dtype=torch.float64)).tolist()
+    metrics = dict(zip(counts, totals, strict=True))
+    if "rollout/carried" in metrics:
+        metrics["rollout/carried"] /= all_grown
+    return metrics
 
 
 def distinct_ngrams(responses: Sequence[Sequence[int]], n: int = 2) -> float:

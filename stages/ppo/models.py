@@ -21,6 +21,7 @@ from align.models.packed import pack
 from align.models.roles import Role, causal_role, offloaded, reward_role
 from align.models.value import critic_from_policy, critic_from_reward, shared_head
 from align.training.precision import training_dtype
+from align.training.zero import shard_frozen, with_whole_head, zero_stage
 from stages.ppo.config import Config
 from stages.ppo.layout import Layout, layout
 
@@ -61,6 +62,17 @@ def open_models(config: Config, context: Context, device: torch.device) -> Model
         if role is not None:
             pack(role.body)
     return Models(policy, actor, critic, reference, rewards, informed, _max_training_score(config, context))
+
+
+def shard(models: Models) -> None:
+    """Under ZeRO-3: leaves each process with its part of the weights that are not trained; those that are trained are
+    the optimiser's to shard. Only adapters, which are small, and the heads of reward models stay whole."""
+    if zero_stage() != 3:
+        return
+    rewards = [reward.role for reward in models.rewards.values()]
+    bases = [models.actor] if models.actor.trained else []
+    shard_frozen([*bases, models.reference, *rewards])
+    models.actor, models.reference = with_whole_head(models.actor), with_whole_head(models.reference)
 
 
 @dataclass

@@ -52,12 +52,13 @@ class Responses:
         return self.input_ids[:, -self.width :]
 
     def rows(self, index: Tensor) -> Responses:
-        """Some rows, without the padding columns that none of them uses: a matter of speed, never of results."""
+        """Some rows, without the padding columns that none of them uses: a matter of speed, never of results. Of no
+        rows one column of each part is left."""
         lengths = self.lengths[index]
-        unused = self.width - int(lengths.max())
+        unused = self.width - max(lengths.tolist(), default=1)
         attention = self.attention_mask[index]
         prompt_width = attention.shape[1] - self.width
-        left = prompt_width - int(attention[:, :prompt_width].sum(1).max())
+        left = prompt_width - max(attention[:, :prompt_width].sum(1).tolist(), default=1)
         columns = slice(left, attention.shape[1] - unused)
         return Responses(
             self.input_ids[index, columns],

@@ -15,13 +15,15 @@ from accelerate.utils import ProjectConfiguration
 from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from align import ranks
 from align.context import Context
 from align.data.load import load
 from align.data.render import Renderer
 from align.data.rows import Prompt
 from align.data.split import places
-from align.errors import ConfigError, DataError, Problem
+from align.errors import ConfigError, DataError, DistributedError, Problem
 from align.evaluation.policy import load_gold
 from align.evaluation.scorer import RewardScorer
 from align.evaluation.stage import evaluate_stage, held_out_prompts
@@ -31,6 +33,7 @@ from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.load import local_folder
 from align.models.opened import Opened, commit_policy
+from align.models.partitioned import make_whole
 from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
 from align.rewards.functions import call_function, load_function
@@ -39,9 +42,10 @@ from align.rewards.settings import RewardTerm
 from align.training.masked import Processes
 from align.training.precision import training_dtype
 from align.training.rows import TokenRow, demonstration_row, load_rows
+from align.training.zero import new_optimiser
 from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
-from stages.ppo.models import Models, open_models
+from stages.ppo.models import Models, open_models, shard
 from stages.ppo.ptx import Demonstrations
 from stages.ppo.scorer import Rewarder, TextScorer
 from stages.ppo.trainer import PPOTrainer
@@ -62,6 +66,7 @@ def run(config: Config, context: Context) -> StageResult:
     texts = text_scorers(config, context)
 
     models = open_models(config, context, accelerator.device)
+    shard(models)
     policy = models.policy
     questions, too_long = training_questions(policy, dataset.train, config)
     rewarder = new_rewarder(config, models, texts)
@@ -73,9 +78,10 @@ def run(config: Config, context: Context) -> StageResult:
         models.reference,
         seed=context.seed("minibatches"),
         warmup=warmup_rollouts(config, models),
-        processes=all_processes(accelerator),
+        processes=Processes(ranks.total, ranks.highest),
         precision=training_dtype(config.precision),
         demonstrations=new_demonstrations(config, context, policy, accelerator),
+        new_optimiser=new_optimiser,
     )
     engine = new_engine(config, context, policy, longest_sequence(policy, questions, config, prompts, evaluation))
     loop = Loop(
@@ -92,6 +98,7 @@ def run(config: Config, context: Context) -> StageResult:
     )
     with closing(engine):
         done = loop.run()
+        make_whole(policy.model)
         with nullcontext() if trainer.ema is None else trainer.ema.applied():
             loop.sync()
             probes = loop.sample_sequences(NUM_PROBES)
@@ -106,7 +113,8 @@ def run(config: Config, context: Context) -> StageResult:
                 scorer=rewarder.total,
             )
             _, handover = commit_policy(context.commit_model(), policy.model, policy, probes)
-    accelerator.end_training()  # takes down all process groups, so not before the engine's
+    for tracker in accelerator.trackers:
+        tracker.finish()
     counts = {
         "rollouts": done,
         "optimiser_steps": trainer.num_steps,
@@ -117,15 +125,22 @@ def run(config: Config, context: Context) -> StageResult:
 
 
 def new_accelerator(context: Context) -> Accelerator:
-    """Processes, device and trackers."""
+    """Processes, device and trackers. Raises DistributedError when the processes are not those that were started."""
     folders = ProjectConfiguration(str(context.directory), logging_dir=str(context.directory / "tracking"))
     trackers: list[Any] = list(context.job.track)
-    return Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers or None, project_config=folders)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers or None, project_config=folders)
+    unset_hf_deepspeed_config()  # weights are checked when they are loaded, and parted later
+    if accelerator.num_processes != context.processes:
+        raise DistributedError(
+            f"{context.job.stage}: {context.processes} processes were started, and {accelerator.num_processes} "
+            "found each other"
+        )
+    return accelerator
 
 
 def new_engine(config: Config, context: Context, policy: Opened, max_length: int) -> RolloutEngine:
     """The rollout engine the recipe asks for."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, quiet=not context.is_main)
     what = Sampled(
         policy.model,
         Path(local_folder(context.input("policy"))),
@@ -138,7 +153,7 @@ def new_engine(config: Config, context: Context, policy: Opened, max_length: int
         config.rollout,
         what,
         notice=lambda text: console.print(f"  rollouts: {escape(text)}"),
-        log=context.directory / "vllm.log",
+        log=context.directory / ("vllm.log" if context.is_main else f"vllm-{ranks.rank()}.log"),
         end=context.abort,
     )
 
@@ -180,7 +195,9 @@ def text_scorer(where: str, settings: RewardTerm, context: Context) -> TextScore
     """The function or the endpoint of a term. Raises ConfigError when it cannot be used."""
     if settings.function is not None:
         return partial(call_function, load_function(settings.function, where), where=where)
-    notice = partial(Console(stderr=True).print, style="yellow", markup=False, highlight=False)
+    notice = partial(
+        Console(stderr=True, quiet=not context.is_main).print, style="yellow", markup=False, highlight=False
+    )
     return RemoteReward(settings, where, should_stop=lambda: context.stop.is_set, notice=notice)
 
 
@@ -238,11 +255,3 @@ def training_questions(policy: Opened, prompts: Sequence[Prompt], config: Config
             f"is {context}; lower rollout.max_response_tokens or max_prompt_tokens"
         )
     return questions, len(unique) - len(questions)
-
-
-def all_processes(accelerator: Accelerator) -> Processes:
-    """Sums and maxima over the processes of an accelerator."""
-    return Processes(
-        sum=lambda tensor: accelerator.reduce(tensor, "sum"),  # type: ignore[return-value]
-        max=lambda tensor: accelerator.gather(tensor).max()[None],  # type: ignore[union-attr]
-    )

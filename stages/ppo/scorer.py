@@ -68,12 +68,15 @@ class Rewarder:
     def __call__(
         self, prompts: Sequence[Sequence[Message]], prompt_ids: Sequence[list[int]], samples: Samples
     ) -> Scores:
-        """The reward of one response per prompt."""
+        """The reward of one response per prompt. Of none, in one of several processes, nobody is asked."""
         lengths, width = samples.lengths.cpu(), samples.token_ids.shape[1]
         tokens = torch.zeros(samples.token_ids.shape)
         terms, spread = {}, None
         for name, settings in self.terms.items():
-            if settings.is_model:
+            if not prompts:
+                part = torch.zeros(0, width)
+                spread = torch.zeros(0) if len(self.models.get(name, ())) > 1 else spread
+            elif settings.is_model:
                 scores = self._model_scores(name, prompts, prompt_ids, samples)
                 part = at_the_end(combine(scores, settings), lengths, width)
                 if len(scores) > 1:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from align.errors import NumericError
 from align.models.roles import Role
-from align.recipe.training_settings import OptimSettings
 from align.training.logprobs import response_states, state_logprobs, state_values
 from align.training.masked import ALONE, Processes, masked_sum
+from align.training.optimisers import DataParallelAdamW, NewOptimiser
 from align.training.schedule import learning_rate_factor
 from stages.ppo.alarms import check_same_policy
 from stages.ppo.config import Config
@@ -52,7 +52,8 @@ class PPOTrainer:
 
     `processes` sums and maximises over all processes: every sum over tokens is divided once, by the weight of the whole
     optimiser step over all micro-batches and processes. `precision` is the dtype of the forward passes. On the first
-    `warmup` rollouts only the critic is trained. `demonstrations` are what PPO-ptx mixes in.
+    `warmup` rollouts only the critic is trained. `demonstrations` are what PPO-ptx mixes in. `new_optimiser` makes the
+    optimiser of a role, which also holds its gradients.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class PPOTrainer:
         processes: Processes = ALONE,
         precision: torch.dtype = torch.float32,
         demonstrations: Demonstrations | None = None,
+        new_optimiser: NewOptimiser = DataParallelAdamW,
     ):
         self.config, self.seed, self.warmup = config, seed, warmup
         self.actor, self.critic, self.reference = actor, critic, reference
@@ -74,7 +76,7 @@ class PPOTrainer:
         self.shares_states = config.has_critic and config.critic.kind == "shared-head"
         self.models = {"actor": actor} | ({} if critic is None else {"critic": critic})
         self.settings = {"actor": config.optim, "critic": config.critic.optim}
-        self.optimisers = {name: _optimiser(role, self.settings[name]) for name, role in self.models.items()}
+        self.optimisers = {name: new_optimiser(role, self.settings[name]) for name, role in self.models.items()}
         self.ema = Ema(dict(actor.named_parameters()), config.ema) if config.ema else None
         self.precision, self.rounding = precision, ROUNDING[precision]
         self.kl_coef = config.kl.coef
@@ -118,7 +120,7 @@ class PPOTrainer:
         the very first minibatch is not 1.
         """
         config = self.config
-        self._set_learning_rates(index)
+        rates = self._set_learning_rates(index)
         train_actor = index >= self.warmup
         totals: dict[str, float] = defaultdict(float)
         updates = 0
@@ -136,8 +138,7 @@ class PPOTrainer:
         averages = {name: value if name.endswith("_max") else value / updates for name, value in totals.items()}
         if self.ema is not None and train_actor:
             self.ema.update()
-        rate = self.optimisers["actor"].param_groups[0]["lr"] if train_actor else 0.0
-        return update_metrics({**averages, "updates": float(updates)}, rate)
+        return update_metrics({**averages, "updates": float(updates)}, rates["actor"] if train_actor else 0.0)
 
     def adapt(self, measured_kl: float, index: int, responses: int) -> None:
         """Moves the coefficient towards kl.target, after the responses of rollout number `index` were rewarded with it
@@ -202,7 +203,7 @@ class PPOTrainer:
         if self.config.normaliser == "constant":
             weight = self._total(torch.tensor(len(minibatch))) * self.config.rollout.max_response_tokens
         sums = self._gradients(rollout, minibatch, weight, train_actor)
-        stats = {name: self._average(name, value, tokens) for name, value in sums.items()}
+        stats = self._averages(sums, tokens)
         if is_first and train_actor:
             check_same_policy(stats["log_ratio_max"], self.rounding)
         limit = self.config.clip.approxkl
@@ -216,13 +217,12 @@ class PPOTrainer:
 
     def _update(self, stats: dict[str, float], train_actor: bool) -> None:
         """Clips each model's gradient by its own norm, notes the norms, and steps."""
-        trained = {name: role for name, role in self.models.items() if train_actor or name != "actor"}
-        for name, role in trained.items():
-            limit = self.settings[name].max_grad_norm
-            stats[f"{name}_grad_norm"] = float(nn.utils.clip_grad_norm_(list(role.parameters()), limit))
+        trained = {name: one for name, one in self.optimisers.items() if train_actor or name != "actor"}
+        for name, optimiser in trained.items():
+            stats[f"{name}_grad_norm"] = optimiser.clip(self.settings[name].max_grad_norm)
         self._refuse_non_finite({name: stats[f"{name}_grad_norm"] for name in trained})
-        for name in trained:
-            self.optimisers[name].step()
+        for optimiser in trained.values():
+            optimiser.step()
         self._zero_grad()
         self.num_steps += 1
 
@@ -230,23 +230,24 @@ class PPOTrainer:
         """Adds the gradients of the minibatch, the actor's and then the critic's; returns sums over its tokens, and
         maxima."""
         minibatch = minibatch[rollout.learned[minibatch].any(1).cpu()]
-        objectives: list[tuple[Role, Objective]] = []
+        objectives: dict[str, Objective] = {}
         if self.shares_states:
-            objectives.append((self.actor, partial(self._joint_objective, train_actor=train_actor)))
+            owner = "actor" if train_actor else "critic"
+            objectives[owner] = partial(self._joint_objective, train_actor=train_actor)
         elif train_actor:
-            objectives.append((self.actor, self._policy_objective))
+            objectives["actor"] = self._policy_objective
         if self.critic is not None and not self.shares_states:
-            objectives.append((self.critic, self._value_objective))
+            objectives["critic"] = self._value_objective
         batches = self._micro_batches(rollout.responses, minibatch)
         train_body = train_actor or not self.shares_states
         sums: dict[str, Tensor] = {}
-        for role, objective in objectives:
-            sums |= self._accumulate(role, objective, rollout, batches, weight, train_body)
+        for name, objective in objectives.items():
+            sums |= self._accumulate(name, objective, rollout, batches, weight, train_body)
         return sums
 
     def _accumulate(
         self,
-        role: Role,
+        name: str,
         objective: Objective,
         rollout: Rollout,
         batches: Sequence[Tensor],
@@ -254,6 +255,7 @@ class PPOTrainer:
         train_body: bool,
     ) -> dict[str, Tensor]:
         """One role's gradients, a micro-batch at a time."""
+        role, optimiser = self.models[name], self.optimisers[name]
         sums: dict[str, Tensor] = {}
         for index in batches:
             batch = rollout.responses.rows(index)
@@ -261,10 +263,10 @@ class PPOTrainer:
                 with self.autocast(), torch.set_grad_enabled(train_body):
                     states = self._states(role, batch)
                 total, stats = objective(rollout, index, batch, states)
-                (total / weight).backward()
-            for name, value in stats.items():
-                known = sums.get(name, torch.zeros_like(value))
-                sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value
+                optimiser.backward(total / weight)
+            for stat, value in stats.items():
+                known = sums.get(stat, torch.zeros_like(value))
+                sums[stat] = torch.maximum(known, value) if stat.endswith("_max") else known + value
         return sums
 
     def _policy_objective(
@@ -334,29 +336,39 @@ class PPOTrainer:
                     states = self._states(self.actor, part)
                     logp, _ = state_logprobs(self.actor, states[:, :-1], part.tokens, part.mask, 1.0)
                 loss = -masked_sum(logp, part.mask)
-                (self.config.ptx.coef * loss / tokens).backward()
+                self.optimisers["actor"].backward(self.config.ptx.coef * loss / tokens)
             total += float(loss.detach())
         return self._total(torch.tensor(total)) / tokens
 
     def _micro_batches(self, responses: Responses, picked: Tensor | None = None) -> list[Tensor]:
-        """The rows of each forward pass, of all rows or of those picked. Row numbers stay on the CPU."""
+        """The rows of each forward pass, of all rows or of those picked. Row numbers stay on the CPU. Every process
+        makes as many passes as the one that needs most, at last without rows: a model may be in parts on all of them.
+        """
         picked = torch.arange(len(responses.lengths)) if picked is None else picked
         lengths = responses.prompt_lengths[picked].cpu(), responses.lengths[picked].cpu()
         parts = micro_batches(*lengths, self.config.micro_batch_size, self.config.micro_batch_tokens)
-        return [picked[part] for part in parts]
+        passes = int(self.processes.max(torch.tensor([len(parts)])))
+        return [picked[part] for part in parts] + [picked[:0]] * (passes - len(parts))
 
     def _states(self, role: Role, batch: Responses) -> Tensor:
+        if not len(batch.lengths):  # a pass all the same, of two tokens that count for nothing
+            ids = batch.input_ids.new_zeros(1, 2)
+            return response_states(role, ids, torch.ones_like(ids), 1)[:0]
         return response_states(role, batch.input_ids, batch.attention_mask, batch.width)
 
     def _total(self, count: Tensor) -> float:
         """The sum of a number over all processes."""
         return float(self.processes.sum(count[None].double().to(self.actor.device)))
 
-    def _average(self, name: str, value: Tensor, tokens: float) -> float:
-        """A sum over tokens divided by their number, or a maximum, over all processes."""
-        if name.endswith("_max"):
-            return float(self.processes.max(value[None].double().to(self.actor.device)))
-        return self._total(value) / tokens
+    def _averages(self, sums: dict[str, Tensor], tokens: float) -> dict[str, float]:
+        """Sums over tokens divided by their number, and maxima, over all processes."""
+        averages: dict[str, float] = {}
+        for are_maxima, reduce in ((False, self.processes.sum), (True, self.processes.max)):
+            some = {name: value.double() for name, value in sums.items() if name.endswith("_max") == are_maxima}
+            if some:
+                found = reduce(torch.stack(list(some.values()))) / (1 if are_maxima else tokens)
+                averages |= dict(zip(some, found.tolist(), strict=True))
+        return averages
 
     def autocast(self) -> torch.autocast:
         """The precision that passes are computed in."""
@@ -364,16 +376,17 @@ class PPOTrainer:
 
     def _zero_grad(self) -> None:
         for optimiser in self.optimisers.values():
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.zero_grad()
 
-    def _set_learning_rates(self, index: int) -> None:
-        """By rollouts; the actor's schedule begins when the actor does."""
+    def _set_learning_rates(self, index: int) -> dict[str, float]:
+        """By rollouts; the actor's schedule begins when the actor does. Returns them by role."""
+        rates = {}
         for name, optimiser in self.optimisers.items():
             skipped = self.warmup if name == "actor" else 0
             step, total = max(index - skipped, 0), self.config.rollouts - skipped
-            factor = learning_rate_factor(self.settings[name], step, total)
-            for group in optimiser.param_groups:
-                group["lr"] = self.settings[name].lr * factor
+            rates[name] = self.settings[name].lr * learning_rate_factor(self.settings[name], step, total)
+            optimiser.set_lr(rates[name])
+        return rates
 
     def _refuse_non_finite(self, norms: dict[str, float]) -> None:
         for name, norm in norms.items():
@@ -382,14 +395,3 @@ class PPOTrainer:
                     f"ppo: the {name}'s gradient norm is {norm} at optimiser step {self.num_steps + 1}; nothing was "
                     "updated with it. Lower the learning rate, or normalise the reward: are scores too large?"
                 )
-
-
-def _optimiser(role: Role, settings: OptimSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        list(role.parameters()),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )

@@ -160,7 +160,8 @@ def test_several_processes_go_through_a_launcher(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ppo", "launch.processes=2"], "ppo: ppo trains in one process in this version, and `launch` asks for more"),
+        (["kto", "launch.processes=2"], "kto: kto trains in one process in this version, and `launch` asks for more"),
+        (["ppo", "ppo.launch.processes=3"], "ppo.rollout.prompts: 512 prompts cannot be divided among 3 processes"),
         (["sft", "sft.launch.processes=3"], "sft.batch_size: batch_size 32 cannot be divided among 3 processes"),
         (["sft", "sft.launch={processes: 8, config: a.yaml}"], "config says how many processes there are"),
         (["sft", "sft.launch.config=a.yaml"], "launch.config: not a readable accelerate config"),
@@ -171,6 +172,25 @@ def test_several_processes_go_through_a_launcher(here: Path) -> None:
 def test_processes_that_cannot_be_are_refused_before_anything_starts(here: Path, arguments, message) -> None:
     _, err = align(here, "plan", *arguments, code=2)
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "keys"),
+    [
+        ("zero1", ["critic.kind=shared-head"], ["critic.kind"]),
+        ("zero2-offload", [], ["launch"]),
+        ("zero2", ["ema=0.99", "fp32_lm_head=true", "lora={}", "gradient_checkpointing=true"], []),
+        ("zero3", ["ema=0.99", "fp32_lm_head=true", "offload=[reward]"], ["ema", "fp32_lm_head", "offload"]),
+        ("zero3", ["lora={quantise: nf4}", "gradient_checkpointing=true"], ["lora.quantise", "gradient_checkpointing"]),
+        ("zero3", ["ema=0.99", "lora={}", "rollout.round_tokens=8"], ["rollout.round_tokens"]),
+    ],
+)
+def test_what_ppo_cannot_do_under_deepspeed_is_refused_by_key(here: Path, strategy, settings, keys) -> None:
+    """All of it at once, and nothing that it can do."""
+    launch = ["ppo.launch.processes=2", f"ppo.launch.strategy={strategy}"]
+    _, err = align(here, "plan", "ppo", *launch, *(f"ppo.{one}" for one in settings), code=2 if keys else 0)
+    refused = [line for line in err.splitlines() if "launch.strategy)" in line]
+    assert len(refused) == len(keys) and all(f"ppo.{key}: " in err for key in keys)
 
 
 def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused_by_key(here: Path) -> None:

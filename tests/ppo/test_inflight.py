@@ -136,8 +136,10 @@ def test_answers_are_put_together():
 def test_what_is_reported():
     """Of three that grow one, three, one and one go on; 2, 0, 2 and 2 are learned from."""
     batches = list(collected(new_flight(), 4))
-    assert [batch.metrics["rollout/carried"] for batch in batches] == pytest.approx([1 / 3, 1, 1 / 3, 1 / 3])
-    assert [batch.metrics["rollout/learned"] for batch in batches] == [2, 0, 2, 2]
+    assert [batch.counts["rollout/carried"] / batch.grown for batch in batches] == pytest.approx(
+        [1 / 3, 1, 1 / 3, 1 / 3]
+    )
+    assert [batch.counts["rollout/learned"] for batch in batches] == [2, 0, 2, 2]
     assert [batch.episodes for batch in batches] == [2, 2, 4, 6]
 
 
@@ -173,7 +175,7 @@ def test_what_is_too_old_is_started_anew():
     rounds, begins again, and is never learned from. Answer 4 of rounds 1 and 2 is."""
     flight = new_flight(max_staleness=1)
     batches = list(collected(flight, 5))
-    assert [batch.metrics["rollout/restarted"] for batch in batches] == [0, 0, 1, 1, 1]
+    assert [batch.counts["rollout/restarted"] for batch in batches] == [0, 0, 1, 1, 1]
     assert {one.ids[0] for batch in batches for one in batch.questions}.isdisjoint({1, 3})
     ((one, *_), *_) = flight._rest.groups
     assert (one.question, one.ids, one.versions) == (1, [10, 11], [4, 4])

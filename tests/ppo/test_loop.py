@@ -162,8 +162,8 @@ def state(loop: Loop) -> dict[str, torch.Tensor]:
     )
     for name, role in loop.trainer.models.items():
         tensors |= {f"{name}.{key}": value for key, value in role.named_parameters()}
-        for index, values in loop.trainer.optimisers[name].state_dict()["state"].items():
-            tensors |= {f"{name}.optimiser.{index}.{key}": value for key, value in values.items()}
+        state = loop.trainer.optimisers[name].tensors()
+        tensors |= {f"{name}.optimiser.{key}": value for key, value in state.items()}
     return tensors
 
 

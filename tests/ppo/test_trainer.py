@@ -178,7 +178,7 @@ def test_the_actor_and_the_critic_are_clipped_apart():
     norms = {}
     for name in ("actor", "critic"):
         model = getattr(trainer, name)
-        trainer.optimisers[name].register_step_pre_hook(
+        trainer.optimisers[name].adamw.register_step_pre_hook(
             lambda *_, name=name, model=model: norms.update({name: float(model.table.grad.norm())})
         )
     metrics = trainer.improve(trainer.observe(*make_responses()), 0)
@@ -202,7 +202,7 @@ def count_steps(trainer: PPOTrainer) -> dict[str, int]:
     """Counts the calls of `step` of either optimiser, as they happen."""
     counts = {"actor": 0, "critic": 0}
     for name, optimiser in trainer.optimisers.items():
-        optimiser.register_step_post_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+        optimiser.adamw.register_step_post_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
     return counts
 
 
@@ -293,7 +293,9 @@ def test_learning_rate_by_rollout(schedule, warmup, factors):
     trainer = make_trainer(optim=actor, critic=CriticSettings(optim=critic))
     used: dict[str, list[float]] = {"actor": [], "critic": []}
     for name, optimiser in trainer.optimisers.items():
-        optimiser.register_step_pre_hook(lambda given, *_, name=name: used[name].append(given.param_groups[0]["lr"]))
+        optimiser.adamw.register_step_pre_hook(
+            lambda given, *_, name=name: used[name].append(given.param_groups[0]["lr"])
+        )
     reported = [trainer.improve(trainer.observe(*make_responses()), index)["lr"] for index in range(4)]
     steps = 6
     assert used["actor"] == pytest.approx([0.02 * factor for factor in factors for _ in range(steps)])

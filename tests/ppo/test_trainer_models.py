@@ -169,7 +169,7 @@ def gradients(trainer: PPOTrainer, responses: Responses, scores: torch.Tensor) -
     """Actor's and critic's, as the optimisers get them in the only step of a rollout."""
     seen: list[torch.Tensor] = []
     for optimiser in trainer.optimisers.values():
-        optimiser.register_step_pre_hook(
+        optimiser.adamw.register_step_pre_hook(
             lambda given, *_: seen.extend(
                 weight.grad.clone() for group in given.param_groups for weight in group["params"]
             )

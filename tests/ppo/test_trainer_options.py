@@ -48,7 +48,7 @@ def gradients(trainer: PPOTrainer) -> dict[str, list[Tensor]]:
             assert weights.grad is not None
             seen[name].append(weights.grad.clone())
 
-        trainer.optimisers[name].register_step_pre_hook(keep)
+        trainer.optimisers[name].adamw.register_step_pre_hook(keep)
     return seen
 
 
@@ -225,7 +225,9 @@ def test_the_actors_schedule_begins_when_the_actor_does(warmup, factors):
     trainer = make_trainer(settings)
     used: dict[str, list[float]] = {"actor": [], "critic": []}
     for name, optimiser in trainer.optimisers.items():
-        optimiser.register_step_pre_hook(lambda given, *_, name=name: used[name].append(given.param_groups[0]["lr"]))
+        optimiser.adamw.register_step_pre_hook(
+            lambda given, *_, name=name: used[name].append(given.param_groups[0]["lr"])
+        )
     reported = [trainer.improve(trainer.observe(*batch({END: 1.0})), index)["lr"] for index in range(6)]
     assert used["actor"] == pytest.approx([0.02 * factor for factor in factors])
     assert used["critic"] == pytest.approx([0.3 * (6 - index) / 6 for index in range(6)])

@@ -1,0 +1,127 @@
+"""One process of those that train roles of PPO under DeepSpeed: `torchrun zero_process.py FOLDER`.
+
+Started by test_zero.py. FOLDER/cases.json says what stages to run; each process leaves what it has to say in FOLDER.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+from torch import Tensor
+
+from align import ranks
+from align.context import Context, StopFlag
+from align.errors import AlignError, NumericError
+from align.job import Input, Job
+from align.training.masked import Processes
+from align.training.zero import new_optimiser
+from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
+from tests.distributed.process import signal_at, use
+from tests.distributed.zero_roles import ROLLOUTS, TRAINERS, new_roles, new_trainer, responses, train, weights
+from tests.stages.harness import Watched
+
+torch.set_num_threads(1)
+MINE = ([0, 1, 2, 3, 4], [5, 6, 7])
+"""The rows of each process: they make unequal numbers of passes."""
+
+
+def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
+    """Two rollouts, a checkpoint, a third one; and the third one again by a trainer that starts from the checkpoint."""
+    use(strategy)
+    mine = MINE[ranks.rank()]
+    settings = {"new_optimiser": new_optimiser, "processes": Processes(ranks.total, ranks.highest)}
+    trainer = new_trainer(new_roles(variant, strategy == "zero3"), **settings)
+    metrics = train(trainer, mine, range(ROLLOUTS - 1))
+    held = {name: sum(one.numel() for one in role.module.parameters()) for name, role in roles_of(trainer).items()}
+    context = new_context(folder, "checkpoints", {})
+    save_checkpoint(context, trainer, None, load_checkpoint(context, trainer)[1], ROLLOUTS - 1, 1, {"zero": strategy})
+    metrics += train(trainer, mine, range(ROLLOUTS - 1, ROLLOUTS))
+
+    again = new_trainer(new_roles(variant, strategy == "zero3"), **settings)
+    done, _ = load_checkpoint(context, again, None, {"zero": strategy})
+    repeated = train(again, mine, range(done, ROLLOUTS))
+    trained = weights(trainer)
+    same = all(torch.equal(trained[name], one) for name, one in weights(again).items())
+    if ranks.is_main():
+        save_file(trained, folder / "weights.safetensors")
+    said = {"metrics": metrics, "held": held, "resumed": same and repeated == metrics[-1:]}
+    return said | {"refused": is_refused(trainer, mine, trained)}
+
+
+def is_refused(trainer: Any, mine: list[int], before: dict[str, Tensor]) -> bool:
+    """Whether rewards without end are refused before a weight is touched."""
+    batch, scores = responses(mine)
+    rollout = trainer.observe(batch, scores)
+    rollout.advantages[batch.mask] = torch.inf
+    try:
+        trainer.improve(rollout, ROLLOUTS - 1)
+    except NumericError as error:
+        same = all(torch.equal(before[name], one) for name, one in weights(trainer).items())
+        return same and "the actor's gradient norm is" in str(error)
+    return False
+
+
+def roles_of(trainer: Any) -> dict[str, Any]:
+    return trainer.models | {"reference": trainer.reference}
+
+
+def new_context(folder: Path, stage: str, inputs: dict[str, Input], **settings: Any) -> Context:
+    """Of a stage in a folder."""
+    job = Job(
+        stage=stage,
+        kind=stage,
+        version=1,
+        fingerprint="0" * 64,
+        seed=0,
+        directory=str(folder),
+        config=settings,
+        inputs=inputs,
+        evaluation={"prompts": 4, "max_response_tokens": 6},
+        track=[],
+        identity={},
+    )
+    return Context(job, StopFlag(), process=ranks.rank(), processes=ranks.size())
+
+
+def run_stage(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """What this process has to say of a whole stage."""
+    use(case["strategy"])
+    AcceleratorState._reset_state()  # it is made once per process, and would be of the first case
+    inputs = {name: Input(**given) for name, given in case["inputs"].items()}
+    context = new_context(folder, "ppo", inputs, **case["settings"])
+    if "stop" in case and ranks.rank() == ranks.size() - 1:
+        context.metrics = Watched(context, signal_at(case["stop"]))
+    stage = importlib.import_module("stages.ppo.run")
+    try:
+        result = stage.run(importlib.import_module("stages.ppo.config").Config(**case["settings"]), context)
+    except AlignError as error:
+        return {"error": str(error)}
+    return {"metrics": result.metrics, "handover": result.handover}
+
+
+def main(folder: Path) -> None:
+    """All of TRAINERS and all cases."""
+    use("zero2")
+    ranks.join(120)
+    for strategy, variant in TRAINERS:
+        own = folder / f"{strategy}-{variant}"
+        tell(own, "trainer", train_roles(own, strategy, variant))
+    for case in json.loads((folder / "cases.json").read_text()):
+        own = folder / case["name"]
+        tell(own, case.get("log", "stage"), run_stage(own, case))
+
+
+def tell(folder: Path, log: str, said: dict[str, Any]) -> None:
+    (folder / f"{log}-{ranks.rank()}.json").write_text(json.dumps(said | {"processes": ranks.size()}))
+    ranks.wait()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
