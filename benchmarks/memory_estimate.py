@@ -26,15 +26,26 @@ NF4 = {**LORA, "quantise": "nf4"}
 
 @dataclass(frozen=True)
 class Combination:
-    """A stage and how its model is trained."""
+    """A stage, how its model is trained, and how processes share the work."""
 
     stage: str
     method: str
     settings: dict[str, Any]
     strategy: str = "one"
 
+    @property
+    def name(self) -> str:
+        """Of its run: how a stage is launched is in no fingerprint, so each strategy has a run of its own."""
+        return NAME if self.strategy == "one" else f"{NAME}-{self.strategy}"
 
-COMBINATIONS = (
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Of the recipe."""
+        launch = {"processes": PROCESSES, "strategy": self.strategy}
+        return self.settings | ({} if self.strategy == "one" else {f"{self.stage}.launch": launch})
+
+
+ONE_PROCESS = (
     Combination("sft", "full", {}),
     Combination("sft", "LoRA", {"sft.lora": LORA}),
     Combination("sft", "QLoRA", {"sft.lora": NF4}),
@@ -43,12 +54,29 @@ COMBINATIONS = (
     Combination("reward", "full", {}),
     Combination("reward", "LoRA", {"reward.lora": LORA}),
     Combination("dpo", "full", {}),
+    Combination("dpo", "full, cached reference", {"dpo.precompute_reference": True}),
+    Combination("dpo", "full, simpo", {"dpo.loss": "simpo"}),
     Combination("dpo", "LoRA", {"dpo.lora": LORA}),
     Combination("dpo", "QLoRA", {"dpo.lora": NF4}),
+    Combination("kto", "full", {}),
+    Combination("kto", "LoRA", {"kto.lora": LORA}),
     Combination("ppo", "full", {}),
     Combination("ppo", "LoRA", {"reward.lora": LORA, "ppo.lora": LORA}),
     Combination("grpo", "full", {}),
 )
+SEVERAL = tuple(
+    Combination(stage, method, {f"{stage}.lora": LORA} if method == "LoRA" else {}, strategy)
+    for strategy, method, stages in (
+        ("ddp", "full", ("sft", "reward", "dpo")),
+        ("zero2", "full", ("sft", "reward", "dpo")),
+        ("zero3", "full", ("sft", "reward", "dpo")),
+        ("ddp", "LoRA", ("sft",)),
+        ("zero2", "LoRA", ("reward",)),
+        ("zero3", "LoRA", ("dpo",)),
+    )
+    for stage in stages
+)
+PROCESSES = 2
 ROWS, WORDS_PER_TEXT = 40, 48
 MIB = 2**20
 BOUND = 0.15
@@ -108,31 +136,34 @@ def write_data() -> None:
         ("demonstrations", ("prompt", "response")),
         ("preferences", ("prompt", "chosen", "rejected")),
         ("prompts", ("prompt",)),
+        ("judgements", ("prompt", "completion")),
     ):
-        rows = [json.dumps({column: text() for column in columns}) + "\n" for _ in range(ROWS)]
-        (DATA / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+        rows = [{column: text() for column in columns} for _ in range(ROWS)]
+        if name == "judgements":
+            rows = [{**row, "label": place % 2 == 0} for place, row in enumerate(rows)]
+        (DATA / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def estimate(what: Combination) -> dict[str, Any]:
     """What the plan says, before the stage has run."""
-    changes = [f"{key}={json.dumps(value)}" for key, value in what.settings.items()]
-    command = [*ALIGN, "plan", what.stage, *changes, "-c", RECIPE, "--run", NAME, "--force", what.stage]
+    changes = [f"{key}={json.dumps(value)}" for key, value in what.changes.items()]
+    command = [*ALIGN, "plan", what.stage, *changes, "-c", RECIPE, "--run", what.name, "--force", what.stage]
     done = subprocess.run([*command, "--memory", "--json"], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)["memory"][what.stage]
 
 
 def compare(what: Combination) -> Compared:
-    """Estimates, then runs."""
+    """Estimates, then runs; the model is there before, so that rows can be counted in tokens."""
+    run(["base"], {}, recipe=RECIPE, name=what.name)
     said = estimate(what)
-    stages = run([what.stage], what.settings, recipe=RECIPE, name=NAME)
+    stages = run([what.stage], what.changes, recipe=RECIPE, name=what.name)
     return Compared(what, said, stages[what.stage].record["peak_memory"]["resident"])
 
 
 def main() -> None:
     """Runs all combinations, one at a time; writes the page."""
     write_data()
-    run(["base"], {}, recipe=RECIPE, name=NAME)  # so that rows can be counted in tokens
-    found = [compare(what) for what in COMBINATIONS]
+    found = [compare(what) for what in (*ONE_PROCESS, *SEVERAL)]
     parameters = found[0].estimate["parameters"]
     save_page(
         "memory_estimate",
