@@ -106,7 +106,7 @@ def script(text: str) -> str:
 @pytest.mark.parametrize("target", [TargetName.KUBERNETES, TargetName.SKYPILOT])
 def test_a_container_that_is_told_to_stop_saves_and_is_started_again(cluster: Cluster, target: TargetName) -> None:
     """TERM to the first process of the script, which is `align` itself: checkpoint, 75, and by the rules of its own
-    file another start, which goes on at step 2. A failure is retried a few times; on Kubernetes a hopeless one never."""
+    file another start, which goes on at step 2. A failure is retried, on Kubernetes not if that is hopeless."""
     toy, gate = cluster.toy, cluster.toy.hold("base-step-2")
     settings = {"image": "x", "volume": "v", "mount": str(toy.folder)} if target is TargetName.KUBERNETES else {}
     given = [f"submit.{target}={json.dumps(settings)}", "submit.gpus=0", f"submit.python={cluster.python}"]

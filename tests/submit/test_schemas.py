@@ -1,11 +1,11 @@
 """What `align submit` writes against what the engines publish of their formats.
 
-Kubernetes: kubeflow-trainer-api has pydantic models made from the OpenAPI documents of JobSet and of the core objects. A
-model takes what it knows and drops what it does not, so a manifest that comes back whole has known fields only.
+Kubernetes: kubeflow-trainer-api has pydantic models made from the OpenAPI documents of JobSet and of the core objects.
+A model takes what it knows and drops what it does not, so a manifest that comes back whole has known fields only.
 
-SkyPilot: the schemas of tasks are in `skypilot` alone (sky.utils.schemas), which loads its whole server and wants another
-version of click than this project's closed set. They are not used here; in an environment of its own, SkyPilot 0.14.1
-loads the golden pipeline (sky.utils.dag_utils.load_chain_dag_from_yaml), and test_files.py looks at its fields.
+SkyPilot: the schemas of tasks are in `skypilot` alone (sky.utils.schemas), which loads its whole client and wants
+another version of click than this project's closed set. In an environment of its own, SkyPilot 0.14.1 loads the golden
+pipeline (sky.utils.dag_utils.load_chain_dag_from_yaml); here test_files.py looks at its fields.
 
 Ray's jobs are command lines and Slurm's are scripts: neither has a schema.
 """
