@@ -195,10 +195,13 @@ class _Process:
         return parts | {"heap": max(self._left(step) for step in self.work.steps), "check": whole}
 
     def _left(self, step: Step) -> float:
-        """Bytes of a pass that are in the heap after it."""
+        """Bytes of a pass that are in the heap after it. Gradients take the places of activations, unless an earlier
+        pass left them: then they lie between."""
         shapes, lora = self.shapes[self.models[step.role].source], self._adapter(step)
-        activations = kept(shapes, step.one, self.width, lora)
-        return activations + (holes(shapes, step.one, self.width, lora) if lora else 0.0)
+        left = kept(shapes, step.one, self.width, lora)
+        if step.accumulates and self.strategy.engine == "torch":  # DeepSpeed's gradients are in its own buffers
+            left += self.states[step.role].gradients
+        return left + (holes(shapes, step.one, self.width, lora) if lora else 0.0)
 
     def reopening(self, source: str) -> dict[str, float]:
         """While a policy is opened once more, to sample from it."""
