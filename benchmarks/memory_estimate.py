@@ -95,19 +95,21 @@ combinations are within {bound:.0%}, {within_several} of {count_several} of thos
 difference is {largest:+.1%}.
 
 The model is a Llama-shaped one with random weights and {parameters:.1f} million parameters, {weights:.0f} MiB
-(`benchmarks/memory_estimate.yaml`); rows have about 104 tokens, passes 8 of them, 4 in each of two processes (ppo: 4 of
-117, packed). *process* is Python and its libraries: measured in this environment, {process:.0f} MiB in every row. *heap*
-is what the C library keeps of blocks below 32 MiB that were freed. That size of *process* and the rule for *heap* were
-found by measuring sft and dpo of this table in one process; all other parts follow from the recipe alone.
+(`benchmarks/memory_estimate.yaml`); rows have about 104 tokens, passes 8 of them, 4 in each of two processes (ppo: 4
+of 117, packed). *process* is Python and its libraries: measured in this environment, {process:.0f} MiB in every row.
+*heap* is what the C library keeps of blocks below 32 MiB that were freed. That size of *process* and the rule for
+*heap* were found by measuring sft and dpo of this table in one process; all other parts follow from the recipe alone.
 
-What several processes add follows from the code of the libraries (`align/pipeline/estimate/strategies.py`). ddp has flat
-buckets, a copy of all gradients to the end of the stage. DeepSpeed has its bucket of gradients, the copy of it that is
-reduced, and the share of gradients that is kept. zero3 has the weights that are gathered and, after training, the whole
-ones beside their shares. With two processes and fewer than half a billion weights zero2 and zero3 need as much as ddp,
-because all gradients fit into one bucket.
+What several processes add follows from the code of the libraries (`align/pipeline/estimate/strategies.py`). ddp has
+flat buckets, a copy of all gradients to the end of the stage. DeepSpeed has its bucket of gradients, the copy of it
+that is reduced, and the share of gradients that is kept. zero3 has the weights that are gathered and, after training,
+the whole ones beside their shares; on a CPU also what gloo copies, and weights that were let go and stay in the heap,
+both found by following sft. With two processes and fewer than half a billion weights ZeRO needs as much as ddp or more,
+because all gradients fit into one bucket, and all weights may stay gathered.
 
-What was measured varies: an earlier table of the same stages had up to 13% less (reward, full: 2302). Not measured: GPUs,
-zero1, offloading, more than {processes} processes. Their figures are the same formulas with other bytes per number.
+What was measured varies: an earlier table of the same stages had up to 13% less (reward, full: 2302). Not measured:
+GPUs, zero1, offloading, more than {processes} processes. Their figures are the same formulas with other bytes per
+number.
 """
 
 

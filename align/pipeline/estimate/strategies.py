@@ -99,10 +99,11 @@ def states(
     """
     deepspeed = strategy.engine == "deepspeed"
     size = compute if deepspeed else 4
+    has_master = deepspeed and not (size == MASTER and "weights" in strategy.divides)  # float32 shares are updated
     bytes_of = {
         "weights": trained * size + frozen,
         "gradients": trained * size,
-        "optimiser": trained * (MOMENTS + (MASTER if deepspeed else 0)),
+        "optimiser": trained * (MOMENTS + (MASTER if has_master else 0)),
     }
     here = dict.fromkeys(bytes_of, 0.0) | {"host": 0.0, "disk": 0.0}
     for name, amount in bytes_of.items():
@@ -115,7 +116,7 @@ def states(
         buckets = 4.0 * trained if strategy.several else 0.0
         casts = trained * (compute if compute != 4 else 0)
         return States(**here, copies=casts + buckets, left=buckets, whole=whole)
-    lasting, passing = _deepspeed_copies(strategy, trained, numbers, largest, on_gpu)
+    lasting, passing = _deepspeed_copies(strategy, trained, numbers, largest, processes, on_gpu)
     left = lasting * compute + (here["gradients"] if "gradients" in strategy.divides else 0)
     return States(**here, copies=(lasting + passing) * compute, left=left, whole=whole)
 
@@ -128,7 +129,7 @@ def checkpoint_bytes(strategy: Strategy, trained: int, compute: int) -> int:
 
 
 def _deepspeed_copies(
-    strategy: Strategy, trained: int, numbers: float, largest: int, on_gpu: bool
+    strategy: Strategy, trained: int, numbers: float, largest: int, processes: int, on_gpu: bool
 ) -> tuple[float, float]:
     """Numbers in what is there to the end of the stage, and for a moment.
 
@@ -136,6 +137,9 @@ def _deepspeed_copies(
     files say overlap_comm, fills a second one meanwhile, and lets both go after each backward pass. Weights that are
     gathered are let go while the bucket fills: two neighbours of the largest size are whole at least, the second
     fetched while the first computes; what is needed again soon, by a backward pass, stays.
+
+    On a CPU gloo scatters a copy of what it is given, and weights that ZeRO-3 lets go stay in the heap: those that it
+    gathered, and the first shares, which it moved into one buffer.
     """
     parts_weights = "weights" in strategy.divides
     gathered = min(numbers, max(2 * largest, REUSED if trained else 0)) if parts_weights else 0
@@ -144,4 +148,6 @@ def _deepspeed_copies(
     buckets = BUCKET * (2 if strategy.divides == _BOTH else 1)
     taken = buckets if on_gpu else min(buckets, trained)
     copied = min(BUCKET, trained)
-    return (taken, max(gathered, copied)) if parts_weights else (0, taken + copied)
+    if not parts_weights:
+        return 0, taken + copied
+    return taken, max(gathered, copied) if on_gpu else gathered + numbers / processes + 2 * copied
