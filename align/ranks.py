@@ -101,6 +101,15 @@ def share(value: Any) -> Any:
     return values[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """The value that each process gives, in every process."""
+    if size() == 1:
+        return [value]
+    values = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def any_of(flag: bool) -> bool:
     """Whether it is true in any process."""
     if size() == 1:

@@ -129,7 +129,7 @@ def run_stage(directory: Path, stop: StopFlag) -> None:
     if processes > 1 and order.job.launch is None:
         raise ConfigError(Problem(order.job.stage, f"{order.job.kind} trains in one process, and {processes} started"))
     if "WORLD_SIZE" in os.environ:
-        from align.ranks import join, leave, wait  # loads torch
+        from align.ranks import gather, join, leave  # loads torch
 
         join(LaunchSettings.model_validate(order.job.launch or {}).timeout)
     config = named(order.config_class).model_validate(order.job.config)
@@ -138,10 +138,11 @@ def run_stage(directory: Path, stop: StopFlag) -> None:
     contents = {slot: content(Path(value.path)) for slot, value in order.job.inputs.items()}
     started = time.time()
     result: StageResult = named(order.run)(config, context)
+    peaks = [_peak_memory()]
     if "WORLD_SIZE" in os.environ:
-        wait()  # a stage is complete when it is in all processes
+        peaks = gather(peaks[0])  # so all have come here: a stage is complete when it is in all processes
     if context.is_main:
-        write_json(directory / RECORD, _record(order, result, contents, started, processes))
+        write_json(directory / RECORD, _record(order, result, contents, started, peaks))
         if context.checkpoints.exists():
             remove_folder(context.checkpoints)
     if "WORLD_SIZE" in os.environ:
@@ -161,7 +162,7 @@ def _world_size() -> int:
 
 
 def _record(
-    order: Order, result: StageResult, contents: dict[str, str | None], started: float, world_size: int
+    order: Order, result: StageResult, contents: dict[str, str | None], started: float, peaks: list[dict[str, int]]
 ) -> dict[str, Any]:
     job, ended = order.job, time.time()
     model = Path(job.directory) / "model"
@@ -187,8 +188,8 @@ def _record(
         "seconds": round(ended - started, 3),
         "versions": _versions(),
         "hardware": _hardware(),
-        "peak_memory": _peak_memory(),
-        "world_size": world_size,
+        "peak_memory": {name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]},
+        "world_size": len(peaks),
         "git": _git_commit(),
         "command": order.command,
     }

@@ -64,6 +64,7 @@ def _summary(estimates: Mapping[str, Estimate], device: Device | None) -> Table:
         "  while": lambda one: one.memory.phase,
         **{f"  {part}": partial(_size, part=part) for part in PARTS},
         **({f"model {role}, GiB": partial(_model, role=role) for role in roles} if len(roles) > 1 else {}),
+        "KV cache while sampling, GiB": lambda one: gib(one.memory.cache),
         "disk of a checkpoint, GiB": lambda one: f"{gib(one.checkpoint)} x {one.work.checkpoints}",
         "disk of the artifact, GiB": lambda one: gib(one.artifact),
     }

@@ -1,10 +1,11 @@
-"""Slurm: a job per stage, `afterok` of those it consumes, requeued with a checkpoint when its time is over."""
+"""Slurm: a job per stage, `afterok` of those it consumes, requeued when it saved and stopped."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
 
+from align.errors import Interrupted
 from align.submit.command import job_script, keep_id, render, submit_script
 from align.submit.engine import JobState, State, ask
 from align.submit.submission import StageJob, Submission, slug
@@ -71,6 +72,7 @@ def _batch_script(submission: Submission, job: StageJob) -> str:
         slurm=slurm,
         options="".join(f" {shlex.quote(option)}" for option in options),
         script=submission.folder / f"{job.stage}.sh",
+        saved=Interrupted.exit_code,
     )
 
 

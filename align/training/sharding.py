@@ -17,6 +17,7 @@ from trl.models.utils import remove_hooks
 
 from align import ranks
 from align.errors import ConfigError, Problem
+from align.models.partitioned import make_whole
 from align.recipe.training_settings import TrainingSettings
 from align.recipe.zero import FROM_RECIPE, nvme_folders, read_zero
 from align.training import fsdp
@@ -109,7 +110,5 @@ def leave_sharded(trainer: Trainer) -> None:
 
 
 def _leave_zero(engine: Any) -> None:
-    import deepspeed
-
     remove_hooks(engine)
-    deepspeed.zero.GatheredParameters(list(engine.module.parameters())).__enter__()
+    make_whole(engine.module)

@@ -60,5 +60,5 @@ def _rollout(config: Config, width: int, processes: int) -> Sampling:
     rollout, responses = config.rollout, max(1, config.responses // processes)
     if rollout.engine in {"vllm", "vllm-server"}:
         rows = min(rollout.max_sequences, responses)
-        return Sampling(rows, width, True, rollout.kv_cache_bytes, rollout.gpu_memory)
-    return Sampling(min(rollout.micro_batch_size, responses), width)
+        return Sampling(rows, width, True, rollout.kv_cache_bytes, rollout.gpu_memory, while_training=True)
+    return Sampling(min(rollout.micro_batch_size, responses), width, while_training=True)

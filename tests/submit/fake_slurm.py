@@ -66,9 +66,11 @@ def run_job(identity: str, facts: str) -> None:
             (job / "batch").write_text(str(batch.pid))
             say(identity, "RUNNING", "None")
             code = batch.wait()
+        if state(identity)[0].startswith("CANCELLED"):
+            return
         if not (job / "requeue").exists():
             return say(identity, "COMPLETED" if code == 0 else "FAILED", f"{code}:0")
-        (job / "requeue").unlink()
+        (job / "requeue").rename(job / "requeued")
         say(identity, "PENDING", "BeginTime")
 
 
@@ -90,6 +92,18 @@ def scancel(option: str, identity: str) -> None:
         os.kill(int(pid), signal.SIGTERM)
 
 
+def cancelled(identity: str) -> None:
+    """What `scancel ID` makes Slurm do: the job is over at once, and its steps are told."""
+    say(identity, "CANCELLED by 1000", "0:15")
+    scancel("--signal=TERM", identity)
+
+
+def preempted(identity: str) -> None:
+    """What a grace time of the partition (GraceTime) makes Slurm do: steps are told, and the job runs on until it ends
+    by itself, or is killed when that time is over."""
+    scancel("--signal=TERM", identity)
+
+
 def time_is_nearly_over(identity: str) -> None:
     """What `--signal=B:USR1@120` makes Slurm do."""
     os.kill(int((ROOT / identity / "batch").read_text()), signal.SIGUSR1)
@@ -104,7 +118,12 @@ def scontrol(verb: str, *arguments: str) -> None:
 
 
 def squeue(*options: str) -> None:
-    """Jobs that live, in the one format that is asked for."""
+    """Jobs that live, in the two formats that are asked for."""
+    if options[0] == "--noheader":
+        only, form = options[1:]
+        assert form == "--format=%T"
+        print(state(only.removeprefix("--jobs="))[0])
+        return
     assert options == ("--me", "--states=all", "--noheader", "--format=%i|%T|%r")
     for job in ROOT.iterdir():
         name, reason = state(job.name)

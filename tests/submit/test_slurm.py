@@ -46,13 +46,26 @@ def test_a_job_whose_time_is_over_saves_and_is_requeued_and_resumes(cluster: Clu
     assert [line["resumed_from"] for line in cluster.toy.lines("base")] == [0, 0, 2]
 
 
+def test_a_preempted_job_that_saves_in_its_grace_time_is_requeued(cluster: Cluster) -> None:
+    """TERM to the stage alone, and the job still runs when the stage ends with 75: Slurm would call it failed."""
+    gate = cluster.toy.hold("base-step-2")
+    cluster.submit("base", *gate)
+    cluster.toy.wait_for("base-step-2")
+    cluster.slurm("preempted", "100")
+    cluster.toy.wait_for("base-signal")
+    cluster.toy.release("base-step-2")
+    cluster.finish()
+    assert states(cluster)["base"][0] == "done"
+    assert [line["resumed_from"] for line in cluster.toy.lines("base")] == [0, 0, 2]
+
+
 def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster) -> None:
-    """TERM to the stage alone, as scancel does: saved, and the job is over."""
+    """TERM to the stage alone, of a job that is over: saved, and not started again."""
     gate = cluster.toy.hold("base-step-2")
     cluster.submit("sft", *gate)
     cluster.toy.wait_for("base-step-2")
     assert states(cluster)["sft"] == ("waiting", "PENDING (Dependency)")
-    cluster.slurm("scancel", "--signal=TERM", "100")
+    cluster.slurm("cancelled", "100")
     cluster.toy.wait_for("base-signal")
     cluster.toy.release("base-step-2")
     cluster.finish()

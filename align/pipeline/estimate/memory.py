@@ -72,6 +72,11 @@ class Memory:
         return self.phases[self.phase]
 
     @property
+    def cache(self) -> float:
+        """The largest KV cache, also where another phase needs more."""
+        return max(parts.get("KV cache", 0.0) for parts in self.phases.values())
+
+    @property
     def peak(self) -> float:
         """Their sum."""
         return sum(self.parts.values())
@@ -116,18 +121,23 @@ class _Process:
         size = self.compute if self.strategy.engine == "deepspeed" or model.is_rounded else 4
         trained, frozen = trained_numbers(model, shapes), frozen_bytes(model, shapes, size)
         block = max(shapes.largest, shapes.quantisable // shapes.layers)
-        found = states(self.strategy, processes, trained, frozen, compute=self.compute, largest=block)
-        if model.offloaded and self.device.is_gpu:
+        on_gpu = self.device.is_gpu
+        found = states(self.strategy, processes, trained, frozen, compute=self.compute, largest=block, on_gpu=on_gpu)
+        if model.offloaded and on_gpu:
             return States(0, 0, 0, found.weights, host=found.weights)
         return found
 
     def total(self, part: str) -> float:
         return sum(getattr(one, part) for one in self.states.values())
 
-    def resident(self) -> dict[str, float]:
-        """What is there in every phase."""
+    def resident(self, weights: float) -> dict[str, float]:
+        """What is there in every phase, with so many bytes of weights."""
         start = CONTEXT if self.device.is_gpu else PROCESS
-        return {"process": start, "weights": self.total("weights"), "optimiser": self.total("optimiser")}
+        return {"process": start, "weights": weights, "optimiser": self.total("optimiser")}
+
+    def trained(self) -> dict[str, float]:
+        """What is there when training is over: every process has whole models again, to measure and save them."""
+        return self.resident(self.total("whole")) | {"copies": self.total("left")}
 
     def training(self, step: Step) -> dict[str, float]:
         """While a role computes its passes. As gradients come, activations go: a GPU's allocator uses their memory
@@ -140,7 +150,7 @@ class _Process:
         gradients, on_gpu = self.total("gradients"), self.device.is_gpu
         if on_gpu and not step.accumulates:
             gradients -= min(self.states[step.role].gradients, activations)
-        return self.resident() | {
+        return self.resident(self.total("weights")) | {
             "gradients": gradients,
             "copies": self.total("copies"),
             "activations": activations + max(0.0, passing(shapes, step.one, self.width) - logits),
@@ -167,7 +177,11 @@ class _Process:
         if one.on_vllm:
             share = self.device.memory * one.gpu_share if self.device.memory is not None else cache
             cache = one.cache_bytes or max(0.0, share)
-        return self.resident() | {"KV cache": cache, "logits": sampling_logits(shapes, one.rows)}
+        parts = self.trained()
+        if one.while_training:  # of divided models the policy alone is whole
+            policy = self.states[self.work.models[0].role]
+            parts["weights"] = self.total("weights") - policy.weights + policy.whole
+        return parts | {"KV cache": cache, "logits": sampling_logits(shapes, one.rows)}
 
     def saving(self) -> dict[str, float]:
         """On a CPU, while the saved model is loaded afresh to be checked; an adapter's base in NF4 is decoded before.
@@ -175,16 +189,19 @@ class _Process:
         model = self.work.models[0]
         shapes = self.shapes[model.source]
         whole = 4 * (shapes.parameters if model.has_head else shapes.backbone)
-        parts = self.resident()
+        parts = self.trained()
         if model.lora is not None and model.lora.quantise:
             parts["weights"] += whole - self.states[model.role].weights
         return parts | {"heap": max(self._left(step) for step in self.work.steps), "check": whole}
 
     def _left(self, step: Step) -> float:
-        """Bytes of a pass that are in the heap after it."""
+        """Bytes of a pass that are in the heap after it. Gradients take the places of activations, unless an earlier
+        pass left them: then they lie between."""
         shapes, lora = self.shapes[self.models[step.role].source], self._adapter(step)
-        activations = kept(shapes, step.one, self.width, lora)
-        return activations + (holes(shapes, step.one, self.width, lora) if lora else 0.0)
+        left = kept(shapes, step.one, self.width, lora)
+        if step.accumulates and self.strategy.engine == "torch":  # DeepSpeed's gradients are in its own buffers
+            left += self.states[step.role].gradients
+        return left + (holes(shapes, step.one, self.width, lora) if lora else 0.0)
 
     def reopening(self, source: str) -> dict[str, float]:
         """While a policy is opened once more, to sample from it."""

@@ -12,7 +12,7 @@ from align.data.load import load
 from align.job import Input, Job
 from align.pipeline.estimate.memory import CPU, Device, Memory, memory, trained_numbers
 from align.pipeline.estimate.shapes import Counter, Shapes
-from align.pipeline.estimate.strategies import STRATEGIES, chosen
+from align.pipeline.estimate.strategies import STRATEGIES, checkpoint_bytes, chosen
 from align.pipeline.estimate.workload import Lengths, Workload
 from align.pipeline.graph import Node
 from align.pipeline.plan import Plan
@@ -53,14 +53,19 @@ class Estimate:
             "tokens": self.work.tokens,
             "peak": round(found.peak),
             "phase": found.phase,
-            "parts": {name: round(value) for name, value in found.parts.items()},
-            "models": {name: round(value) for name, value in found.models.items()},
+            "parts": _rounded(found.parts),
+            "phases": {phase: _rounded(parts) for phase, parts in found.phases.items()},
+            "models": _rounded(found.models),
             "host": round(found.host),
             "disk": round(found.disk),
             "checkpoint": self.checkpoint,
             "checkpoints_kept": self.work.checkpoints,
             "artifact": self.artifact,
         }
+
+
+def _rounded(sizes: Mapping[str, float]) -> dict[str, int]:
+    return {name: round(size) for name, size in sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Known:
             trained[first.role],
             work,
             found,
-            checkpoint=12 * sum(trained.values()),
+            checkpoint=checkpoint_bytes(STRATEGIES[strategy], sum(trained.values()), compute),
             artifact=4 * (parameters + adapter),
         )
 

@@ -16,9 +16,13 @@ from typing import Any
 MOMENTS = 8
 """Bytes of AdamW's two moments of a number, float32."""
 MASTER = 4
-"""Bytes of the float32 weight that DeepSpeed updates and rounds the others from."""
+"""Bytes of a float32 weight: the one that DeepSpeed updates and rounds the others from."""
 BUCKET = 500_000_000
-"""Numbers that DeepSpeed gathers or reduces at a time (its defaults reduce_bucket_size and allgather_bucket_size)."""
+"""Gradients that DeepSpeed collects before it reduces them (its default reduce_bucket_size). It takes memory for so
+many at once, of which a CPU gives what is written to."""
+REUSED = 500_000_000
+"""Weights that ZeRO-3 leaves whole: those that it needs again within a billion numbers (its default
+stage3_max_reuse_distance), which are the last half billion of the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,24 @@ class States:
     gradients: float
     optimiser: float
     copies: float
-    """What is there for a moment: casts of autocast, buckets, gathered weights."""
+    """What is there besides while training: casts of autocast, buckets, gathered weights."""
+    left: float = 0.0
+    """What of gradients and copies is there after training."""
+    whole: float = 0.0
+    """Of the weights while they are whole: beside the share of this process, where they are divided."""
     host: float = 0.0
     disk: float = 0.0
 
 
 def states(
-    strategy: Strategy, processes: int, trained: int, frozen: float, *, compute: int, largest: int = 0
+    strategy: Strategy,
+    processes: int,
+    trained: int,
+    frozen: float,
+    *,
+    compute: int,
+    largest: int = 0,
+    on_gpu: bool = True,
 ) -> States:
     """Of a model with `trained` numbers and `frozen` bytes that are not trained; passes compute in `compute` bytes.
     `largest` is the number of numbers that are gathered together at least.
@@ -85,26 +100,58 @@ def states(
     """
     deepspeed = strategy.engine == "deepspeed"
     size = compute if deepspeed else 4
+    has_master = deepspeed and not (size == MASTER and "weights" in strategy.divides)  # float32 shares are updated
     bytes_of = {
         "weights": trained * size + frozen,
         "gradients": trained * size,
-        "optimiser": trained * (MOMENTS + (MASTER if deepspeed else 0)),
+        "optimiser": trained * (MOMENTS + (MASTER if has_master else 0)),
     }
     here = dict.fromkeys(bytes_of, 0.0) | {"host": 0.0, "disk": 0.0}
     for name, amount in bytes_of.items():
         share = amount / processes if name in strategy.divides else amount
         here[strategy.offloads.get(name, name)] += share
     numbers = trained + frozen / size
-    return States(**here, copies=_copies(strategy, trained, numbers, compute, largest))
+    whole = bytes_of["weights"] + (here["weights"] if "weights" in strategy.divides else 0)
+    if strategy.engine == "torch" and "weights" in strategy.divides:
+        # FSDP reduces a layer at a time; two neighbours of the largest size are whole, the second while the first computes.
+        return States(**here, copies=(2 * min(largest, numbers) + min(largest, trained)) * compute, whole=whole)
+    if not deepspeed:
+        # ddp reduces gradients in flat buckets, which hold all of them once more and live as long as the model.
+        buckets = 4.0 * trained if strategy.several else 0.0
+        casts = trained * (compute if compute != 4 else 0)
+        return States(**here, copies=casts + buckets, left=buckets, whole=whole)
+    lasting, passing = _deepspeed_copies(strategy, trained, numbers, largest, processes, on_gpu)
+    left = lasting * compute + (here["gradients"] if "gradients" in strategy.divides else 0)
+    return States(**here, copies=(lasting + passing) * compute, left=left, whole=whole)
 
 
-def _copies(strategy: Strategy, trained: int, numbers: float, compute: int, largest: int) -> float:
-    """Autocast casts every trained weight; ddp reduces gradients in flat buckets that hold all of them once more;
-    DeepSpeed has a bucket to reduce, and FSDP a layer; where weights are divided, two neighbours of the largest size
-    are whole at once, the second fetched while the first computes."""
-    divided = "weights" in strategy.divides
-    if strategy.engine == "torch" and not divided:
-        return trained * ((compute if compute != 4 else 0) + (4 if strategy.several else 0))
-    gathered = 2 * min(largest, numbers) * compute if divided else 0
-    bucket = largest if strategy.engine == "torch" else BUCKET
-    return gathered + min(bucket, trained) * compute
+def checkpoint_bytes(strategy: Strategy, trained: int, compute: int) -> int:
+    """Of a checkpoint: float32 weights and moments. DeepSpeed writes the weights of the passes besides, where they are
+    not divided."""
+    again = strategy.engine == "deepspeed" and "weights" not in strategy.divides
+    return trained * (MASTER + MOMENTS + (compute if again else 0))
+
+
+def _deepspeed_copies(
+    strategy: Strategy, trained: int, numbers: float, largest: int, processes: int, on_gpu: bool
+) -> tuple[float, float]:
+    """Numbers in what is there to the end of the stage, and for a moment.
+
+    Gradients are moved into a bucket and copied once more to be reduced. ZeRO-3 has one bucket for good; ZeRO-2, whose
+    files say overlap_comm, fills a second one meanwhile, and lets both go after each backward pass. Weights that are
+    gathered are let go while the bucket fills: two neighbours of the largest size are whole at least, the second
+    fetched while the first computes; what is needed again soon, by a backward pass, stays.
+
+    On a CPU gloo scatters a copy of what it is given, and weights that ZeRO-3 lets go stay in the heap: those that it
+    gathered, and the first shares, which it moved into one buffer.
+    """
+    parts_weights = "weights" in strategy.divides
+    gathered = min(numbers, max(2 * largest, REUSED if trained else 0)) if parts_weights else 0
+    if not trained:
+        return 0, gathered
+    buckets = BUCKET * (2 if strategy.divides == _BOTH else 1)
+    taken = buckets if on_gpu else min(buckets, trained)
+    copied = min(BUCKET, trained)
+    if not parts_weights:
+        return 0, taken + copied
+    return taken, max(gathered, copied) if on_gpu else gathered + numbers / processes + 2 * copied

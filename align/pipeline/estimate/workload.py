@@ -75,6 +75,8 @@ class Sampling:
     cache_bytes: int | None = None
     """What vLLM's cache is given; None: what the rows need, or the share of a GPU in `gpu_share`."""
     gpu_share: float = 0.0
+    while_training: bool = False
+    """Whether training goes on afterwards."""
 
 
 @dataclass(frozen=True)
