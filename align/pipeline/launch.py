@@ -112,6 +112,10 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
         version("deepspeed")  # the folder `deepspeed/` would be found as a package of this name
     except PackageNotFoundError:
         yield Problem(f"{node.name}.launch", "DeepSpeed is not installed", "pip install 'align-rlhf[deepspeed]'")
+    optim = getattr(node.config, "optim", None)
+    if optim is not None and optim.kind != "adamw":
+        what = f"{optim.kind} was never run on states that DeepSpeed divides"
+        yield Problem(f"{node.name}.optim.kind", what, "use adamw, whose moments `launch` divides or offloads")
     own = config.get("deepspeed_config") or {}
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         if own.get(key, "auto") != "auto":

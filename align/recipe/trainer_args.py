@@ -18,6 +18,7 @@ from align.recipe.overrides import Origins
 from align.recipe.schema import KeyPath
 
 RESERVED = {
+    "optim": "optim.kind",
     "learning_rate": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
     "warmup_ratio": "optim.warmup",

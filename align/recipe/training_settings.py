@@ -43,6 +43,11 @@ Model = Annotated[ModelSettings, shorthand("path")]
 class OptimSettings(Settings):
     """AdamW and its learning-rate schedule."""
 
+    kind: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
+    """How AdamW's two moments are held: float32 (8 bytes per trained weight), or in 8 bits with a scale for every 256
+    (2.03 bytes; Dettmers et al. 2022). paged: on a GPU only, in memory that moves to the machine's while there is no
+    room. All but adamw need bitsandbytes."""
+
     lr: PositiveFloat
     """Peak learning rate."""
 
@@ -63,6 +68,16 @@ class OptimSettings(Settings):
 
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm, measured over all processes."""
+
+    @property
+    def is_8bit(self) -> bool:
+        """Whether the moments are held in 8 bits."""
+        return self.kind.endswith("8bit")
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the moments may move to main memory."""
+        return self.kind.startswith("paged")
 
 
 class LoraSettings(Settings):

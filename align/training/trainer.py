@@ -24,6 +24,7 @@ from align.recipe.training_settings import OptimSettings, TrainingSettings
 from align.records import read_manifest
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
 from align.training.division import DividedTrainer, OwnRows
+from align.training.optimisers import TRAINERS_NAMES, check_device
 from align.training.precision import training_dtype
 from align.training.progress import StageProgress
 from align.training.sharding import ONE_PROCESS, describe, layout, leave_sharded, sharding_arguments, whole_while
@@ -33,8 +34,10 @@ SAVED_BY_TRAINER = "training_args.bin"
 
 
 def optimiser_arguments(optim: OptimSettings) -> dict[str, Any]:
-    """Our optimiser settings in the trainer's vocabulary."""
+    """Our optimiser settings in the trainer's vocabulary. Raises ConfigError where this machine has no such one."""
+    check_device(optim)
     return {
+        "optim": TRAINERS_NAMES[optim.kind],
         "learning_rate": optim.lr,
         "lr_scheduler_type": optim.schedule if optim.schedule != "constant" else "constant_with_warmup",
         "warmup_steps": optim.warmup,  # below 1: a share of all steps

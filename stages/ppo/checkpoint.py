@@ -17,6 +17,7 @@ from align.context import Context
 from align.models.roles import Role
 from align.records import committed_folder
 from align.training.checkpoints import checkpoint_folder, keep_newest, newest_valid
+from align.training.optimisers import restore_state, state_tensors
 from stages.ppo.alarms import History
 from stages.ppo.inflight import Flight, State
 from stages.ppo.trainer import PPOTrainer
@@ -33,7 +34,7 @@ def save_checkpoint(
     with committed_folder(checkpoint_folder(context.checkpoints, rollouts), rollouts=rollouts) as folder:
         for name, role in trainer.models.items():
             save_file(_trained(role), folder / f"{name}.safetensors")
-            save_file(_optimiser_tensors(trainer.optimisers[name]), folder / f"{name}_optimiser.safetensors")
+            save_file(state_tensors(trainer.optimisers[name]), folder / f"{name}_optimiser.safetensors")
         if trainer.ema is not None:
             save_file(trainer.ema.averages, folder / AVERAGE)
         if flight is not None:
@@ -56,7 +57,7 @@ def load_checkpoint(context: Context, trainer: PPOTrainer, flight: Flight | None
     folder = found[1]
     for name, role in trainer.models.items():
         _restore(dict(role.named_parameters()), load_file(folder / f"{name}.safetensors"))
-        _restore_optimiser(trainer.optimisers[name], load_file(folder / f"{name}_optimiser.safetensors"))
+        restore_state(trainer.optimisers[name], load_file(folder / f"{name}_optimiser.safetensors"))
     if trainer.ema is not None:
         _restore(trainer.ema.averages, load_file(folder / AVERAGE))
     if flight is not None:
@@ -74,16 +75,3 @@ def _trained(role: Role) -> dict[str, Tensor]:
 def _restore(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
-
-
-def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimiser.state_dict()["state"]
-    return {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
-
-
-def _restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from align.errors import NumericError
 from align.models.roles import Role
-from align.recipe.training_settings import OptimSettings
 from align.training.logprobs import response_states, state_logprobs, state_values
 from align.training.masked import ALONE, Processes, masked_sum
+from align.training.optimisers import new_optimiser
 from align.training.schedule import learning_rate_factor
 from stages.ppo.alarms import check_same_policy
 from stages.ppo.config import Config
@@ -74,7 +74,9 @@ class PPOTrainer:
         self.shares_states = config.has_critic and config.critic.kind == "shared-head"
         self.models = {"actor": actor} | ({} if critic is None else {"critic": critic})
         self.settings = {"actor": config.optim, "critic": config.critic.optim}
-        self.optimisers = {name: _optimiser(role, self.settings[name]) for name, role in self.models.items()}
+        self.optimisers = {
+            name: new_optimiser(role.parameters(), self.settings[name]) for name, role in self.models.items()
+        }
         self.ema = Ema(dict(actor.named_parameters()), config.ema) if config.ema else None
         self.precision, self.rounding = precision, ROUNDING[precision]
         self.kl_coef = config.kl.coef
@@ -382,14 +384,3 @@ class PPOTrainer:
                     f"ppo: the {name}'s gradient norm is {norm} at optimiser step {self.num_steps + 1}; nothing was "
                     "updated with it. Lower the learning rate, or normalise the reward: are scores too large?"
                 )
-
-
-def _optimiser(role: Role, settings: OptimSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        list(role.parameters()),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
