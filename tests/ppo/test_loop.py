@@ -22,6 +22,7 @@ from align.job import Job
 from align.recipe.data_settings import DataSettings
 from align.recipe.training_settings import CheckpointSettings, LoraSettings, OptimSettings
 from align.training.checkpoints import checkpoint_folder
+from align.training.optimisers import state_tensors
 from stages.ppo.checkpoint import load_checkpoint
 from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
@@ -162,8 +163,8 @@ def state(loop: Loop) -> dict[str, torch.Tensor]:
     )
     for name, role in loop.trainer.models.items():
         tensors |= {f"{name}.{key}": value for key, value in role.named_parameters()}
-        for index, values in loop.trainer.optimisers[name].state_dict()["state"].items():
-            tensors |= {f"{name}.optimiser.{index}.{key}": value for key, value in values.items()}
+        states = state_tensors(loop.trainer.optimisers[name])
+        tensors |= {f"{name}.optimiser.{key}": value for key, value in states.items()}
     return tensors
 
 

@@ -88,6 +88,14 @@ def trained_numbers(model: Held, shapes: Shapes) -> int:
     return 0
 
 
+def narrow_numbers(model: Held, shapes: Shapes) -> int:
+    """How many trained numbers of a model have moments in 8 bits."""
+    if model.moments_8bit == "none":
+        return 0
+    wide = shapes.embedding if model.moments_8bit == "layers" and model.trained == "all" else 0
+    return trained_numbers(model, shapes) - wide
+
+
 def frozen_bytes(model: Held, shapes: Shapes, size: int) -> float:
     """Bytes of the numbers of a model that are not trained, `size` bytes each where they are not in NF4."""
     if model.trained == "all":
@@ -116,7 +124,8 @@ class _Process:
         size = self.compute if self.strategy.engine == "deepspeed" or model.is_rounded else 4
         trained, frozen = trained_numbers(model, shapes), frozen_bytes(model, shapes, size)
         block = max(shapes.largest, shapes.quantisable // shapes.layers)
-        found = states(self.strategy, processes, trained, frozen, compute=self.compute, largest=block)
+        narrow = narrow_numbers(model, shapes)
+        found = states(self.strategy, processes, trained, frozen, compute=self.compute, largest=block, narrow=narrow)
         if model.offloaded and self.device.is_gpu:
             return States(0, 0, 0, found.weights, host=found.weights)
         return found

@@ -10,9 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from align.data.load import load
 from align.job import Input, Job
-from align.pipeline.estimate.memory import CPU, Device, Memory, memory, trained_numbers
+from align.pipeline.estimate.memory import CPU, Device, Memory, memory, narrow_numbers, trained_numbers
 from align.pipeline.estimate.shapes import Counter, Shapes
-from align.pipeline.estimate.strategies import STRATEGIES, chosen
+from align.pipeline.estimate.strategies import MOMENTS, MOMENTS_8BIT, STRATEGIES, chosen
 from align.pipeline.estimate.workload import Lengths, Workload
 from align.pipeline.graph import Node
 from align.pipeline.plan import Plan
@@ -89,6 +89,7 @@ class Known:
         compute = _compute(config, device)
         found = memory(work, self.shapes, strategy=strategy, processes=processes, device=device, compute=compute)
         trained = {model.role: trained_numbers(model, self.shapes[model.source]) for model in work.models}
+        narrow = sum(narrow_numbers(model, self.shapes[model.source]) for model in work.models)
         first = work.models[0]
         shapes = self.shapes[first.source]
         parameters = shapes.parameters if first.has_head else shapes.backbone + shapes.hidden
@@ -101,7 +102,7 @@ class Known:
             trained[first.role],
             work,
             found,
-            checkpoint=12 * sum(trained.values()),
+            checkpoint=round(12 * sum(trained.values()) - narrow * (MOMENTS - MOMENTS_8BIT)),
             artifact=4 * (parameters + adapter),
         )
 

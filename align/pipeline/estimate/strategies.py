@@ -15,6 +15,8 @@ from typing import Any
 
 MOMENTS = 8
 """Bytes of AdamW's two moments of a number, float32."""
+MOMENTS_8BIT = 2 + 2 * 4 / 256
+"""In 8 bits, each with a float32 scale for every 256 (Dettmers et al. 2022)."""
 MASTER = 4
 """Bytes of the float32 weight that DeepSpeed updates and rounds the others from."""
 BUCKET = 500_000_000
@@ -74,10 +76,18 @@ class States:
 
 
 def states(
-    strategy: Strategy, processes: int, trained: int, frozen: float, *, compute: int, largest: int = 0
+    strategy: Strategy,
+    processes: int,
+    trained: int,
+    frozen: float,
+    *,
+    compute: int,
+    largest: int = 0,
+    narrow: int = 0,
 ) -> States:
     """Of a model with `trained` numbers and `frozen` bytes that are not trained; passes compute in `compute` bytes.
-    `largest` is the number of numbers that are gathered together at least.
+    `largest` is the number of numbers that are gathered together at least, `narrow` that of those whose moments are in
+    8 bits.
 
     Example: 7.5 billion numbers on 64 GPUs in bfloat16 take 31.4, 16.6 and 1.9 GB with zero1, zero2 and zero3
     (ZeRO, figure 1; its ddp has 2-byte weights and a float32 copy, torch's has float32 weights and casts).
@@ -87,7 +97,7 @@ def states(
     bytes_of = {
         "weights": trained * size + frozen,
         "gradients": trained * size,
-        "optimiser": trained * (MOMENTS + (MASTER if deepspeed else 0)),
+        "optimiser": trained * (MOMENTS + (MASTER if deepspeed else 0)) - narrow * (MOMENTS - MOMENTS_8BIT),
     }
     here = dict.fromkeys(bytes_of, 0.0) | {"host": 0.0, "disk": 0.0}
     for name, amount in bytes_of.items():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from align.pipeline.estimate.activations import Pass
-from align.recipe.training_settings import LoraSettings, TrainingSettings
+from align.recipe.training_settings import LoraSettings, OptimSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Held:
     """Whether it is only an adapter on the model before it in the list."""
     is_rounded: bool = False
     """Whether its frozen numbers are held in the dtype of the passes and not in float32."""
+    moments_8bit: Literal["none", "layers", "all"] = "none"
+    """Whose moments AdamW holds in 8 bits: transformers' trainer leaves the embedding out."""
     offloaded: bool = False
     """Whether it waits in main memory between its passes."""
 
@@ -94,9 +96,10 @@ class Workload:
     """Input that is opened once more after training: the reward stage samples from the policy it started from."""
 
 
-def trained_model(config: TrainingSettings, *, has_head: bool = True) -> Held:
+def trained_model(config: TrainingSettings, optim: OptimSettings, *, has_head: bool = True) -> Held:
     """The model that a stage on TRL trains."""
-    return Held("trained", "policy", "adapter" if config.lora else "all", has_head, config.lora)
+    moments = "layers" if optim.is_8bit else "none"
+    return Held("trained", "policy", "adapter" if config.lora else "all", has_head, config.lora, moments_8bit=moments)
 
 
 def trl_workload(

@@ -66,6 +66,16 @@ def test_on_a_gpu_activations_give_way_to_gradients_and_nothing_is_checked():
     assert memory(again, {"policy": TINY}, device=device).parts["gradients"] == 4 * N
 
 
+@pytest.mark.parametrize(("moments", "in_8_bits"), [("all", N), ("layers", N - 80)])
+def test_moments_in_8_bits(moments, in_8_bits):
+    """Two bytes and two float32 scales for every 256, 2.03125 in all; an embedding of 80 numbers that is left out has
+    8 each."""
+    held = Held("trained", "policy", "all", moments_8bit=moments)
+    work = Workload([held], [Step("trained", Pass(3, 5), "none")], [], 1, 1, 2)
+    found = memory(work, {"policy": TINY}).phases["training"]["optimiser"]
+    assert found == 2.03125 * in_8_bits + 8 * (N - in_8_bits)
+
+
 def test_vllm_gets_its_share_of_a_gpu():
     sampling = Sampling(4, 10, on_vllm=True, gpu_share=0.3)
     work = Workload([Held("trained", "policy", "all")], [], [sampling], 1, 1, 2)
