@@ -26,7 +26,7 @@ FOLDER = "launch"
 
 MACHINES_WAIT_S = 3600
 """Seconds that a machine waits for another one at the start of a stage: until that one has done what it does alone."""
-_PRECISION = {"bf16": "bfloat16"}
+_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,9 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
         version("deepspeed")  # the folder `deepspeed/` would be found as a package of this name
     except PackageNotFoundError:
         yield Problem(f"{node.name}.launch", "DeepSpeed is not installed", "pip install 'align-rlhf[deepspeed]'")
+    if getattr(node.config, "precision", None) == "float16":
+        what = "DeepSpeed would hold the weights in float16 too, and round small updates away"
+        yield Problem(f"{node.name}.precision", what, "use bfloat16, or launch.strategy: ddp")
     optim = getattr(node.config, "optim", None)
     if optim is not None and optim.kind != "adamw":
         what = f"{optim.kind} was never run on states that DeepSpeed divides"

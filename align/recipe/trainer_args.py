@@ -37,6 +37,7 @@ RESERVED = {
     "truncation_mode": "on_long",
     "bf16": "precision",
     "fp16": "precision",
+    "tf32": "tf32",
     "gradient_checkpointing": "gradient_checkpointing",
     "save_strategy": "checkpoint.every_steps",
     "save_steps": "checkpoint.every_steps",

@@ -133,8 +133,14 @@ class TrainingSettings(Settings):
     """Rows over `max_length` are left out and counted, or stop the run. They are never cut: a cut row loses
     its EOS."""
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 where a GPU supports it, else float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What passes compute in. auto: bfloat16 where a GPU supports it, else float32. Trained weights, their gradients
+    and the optimiser's moments are float32 in every one (in bfloat16 under ZeRO: weights and moments). float16 scales
+    the loss, and leaves out a step whose gradients overflow."""
+
+    tf32: bool = False
+    """On a GPU: round the factors of float32 products to 10 bits of mantissa, faster. It changes what float32 computes,
+    and nothing else."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""

@@ -43,6 +43,7 @@ def save_checkpoint(
             "rollouts": rollouts,
             "num_steps": trainer.num_steps,
             "kl_coef": trainer.kl_coef,
+            "loss_scale": trainer.scaler.state_dict(),
             "history": asdict(history),
         }
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -64,6 +65,8 @@ def load_checkpoint(context: Context, trainer: PPOTrainer, flight: Flight | None
         flight.state = State.restored(json.loads((folder / IN_FLIGHT).read_text(encoding="utf-8")))
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     trainer.num_steps, trainer.kl_coef = state["num_steps"], state["kl_coef"]
+    if trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(state["loss_scale"])
     return state["rollouts"], History(**state["history"])
 
 

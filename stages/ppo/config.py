@@ -142,8 +142,14 @@ class Config(Settings):
     max_prompt_tokens: PositiveInt = 768
     """Prompts over this are left out and counted, never cut."""
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 where a GPU supports it, else float32. Log-probabilities are always float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What passes compute in. auto: bfloat16 where a GPU supports it, else float32. Trained weights, their gradients
+    and moments are always float32, and so are log-probabilities. float16 scales the loss, and leaves out a step whose
+    gradients overflow."""
+
+    tf32: bool = False
+    """On a GPU: round the factors of float32 products to 10 bits of mantissa, faster. It changes what float32 computes,
+    and nothing else."""
 
     fp32_lm_head: bool = False
     """Compute logits in float32 in a bfloat16 run: closer log-probabilities for a slower head."""

@@ -23,6 +23,7 @@ from align.models.roles import Role
 from align.training.logprobs import response_states, state_logprobs, state_values
 from align.training.masked import ALONE, Processes, masked_sum
 from align.training.optimisers import new_optimiser
+from align.training.precision import loss_scaler, may_overflow
 from align.training.schedule import learning_rate_factor
 from stages.ppo.alarms import check_same_policy
 from stages.ppo.config import Config
@@ -42,7 +43,7 @@ Objective = Callable[[Rollout, Tensor, Responses, Tensor], tuple[Tensor, dict[st
 """What a role minimises on some rows of a rollout, given their numbers, themselves, and their states; a sum over
 tokens. And sums and maxima to be shown."""
 
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 """Largest difference of a token's log-probability between two passes of the same weights, by the dtype of the passes.
 Only other batch shapes round differently."""
 
@@ -79,6 +80,7 @@ class PPOTrainer:
         }
         self.ema = Ema(dict(actor.named_parameters()), config.ema) if config.ema else None
         self.precision, self.rounding = precision, ROUNDING[precision]
+        self.scaler = loss_scaler(precision, actor.device)
         self.kl_coef = config.kl.coef
         """Weight of the KL; moves with kl.target."""
         self.num_steps = 0
@@ -221,10 +223,13 @@ class PPOTrainer:
         trained = {name: role for name, role in self.models.items() if train_actor or name != "actor"}
         for name, role in trained.items():
             limit = self.settings[name].max_grad_norm
+            self.scaler.unscale_(self.optimisers[name])
             stats[f"{name}_grad_norm"] = float(nn.utils.clip_grad_norm_(list(role.parameters()), limit))
-        self._refuse_non_finite({name: stats[f"{name}_grad_norm"] for name in trained})
+        if not may_overflow(self.scaler):
+            self._refuse_non_finite({name: stats[f"{name}_grad_norm"] for name in trained})
         for name in trained:
-            self.optimisers[name].step()
+            self.scaler.step(self.optimisers[name])
+        self.scaler.update()
         self._zero_grad()
         self.num_steps += 1
 
@@ -263,7 +268,7 @@ class PPOTrainer:
                 with self.autocast(), torch.set_grad_enabled(train_body):
                     states = self._states(role, batch)
                 total, stats = objective(rollout, index, batch, states)
-                (total / weight).backward()
+                self.scaler.scale(total / weight).backward()
             for name, value in stats.items():
                 known = sums.get(name, torch.zeros_like(value))
                 sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value
@@ -336,7 +341,7 @@ class PPOTrainer:
                     states = self._states(self.actor, part)
                     logp, _ = state_logprobs(self.actor, states[:, :-1], part.tokens, part.mask, 1.0)
                 loss = -masked_sum(logp, part.mask)
-                (self.config.ptx.coef * loss / tokens).backward()
+                self.scaler.scale(self.config.ptx.coef * loss / tokens).backward()
             total += float(loss.detach())
         return self._total(torch.tensor(total)) / tokens
 

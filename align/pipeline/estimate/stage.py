@@ -17,7 +17,7 @@ from align.pipeline.estimate.workload import Lengths, Workload
 from align.pipeline.graph import Node
 from align.pipeline.plan import Plan
 from align.recipe.spec import named
-from align.recipe.training_settings import LoraSettings, TrainingSettings
+from align.recipe.training_settings import LoraSettings
 
 METHODS = ("full", "lora", "qlora")
 WITHOUT_NF4 = ("zero3", "zero3-offload", "zero3-nvme")
@@ -139,9 +139,8 @@ class Known:
 
 
 def _compute(config: Any, device: Device) -> int:
-    """Bytes of a number in the passes. Stages on TRL compute in bfloat16 on a GPU only."""
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.is_gpu)
-    return 2 if bfloat16 and (device.is_gpu or not isinstance(config, TrainingSettings)) else 4
+    """Bytes of a number in the passes."""
+    return 2 if config.precision in {"bfloat16", "float16"} or (config.precision == "auto" and device.is_gpu) else 4
 
 
 class Estimator:
