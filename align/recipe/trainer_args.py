@@ -39,6 +39,7 @@ RESERVED = {
     "fp16": "precision",
     "tf32": "tf32",
     "gradient_checkpointing": "gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
     "save_strategy": "checkpoint.every_steps",
     "save_steps": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -80,6 +81,13 @@ class OptimSettings(Settings):
         return self.kind.startswith("paged")
 
 
+GradientCheckpointing = Annotated[
+    Literal["none", "full", "selective", "auto"],
+    BeforeValidator(lambda value: {True: "full", False: "none"}[value] if isinstance(value, bool) else value),
+]
+"""true and false stand for full and none."""
+
+
 class LoraSettings(Settings):
     """Low-rank adapters (Hu et al. 2021). The saved model is the effective one: adapter merged into its
     base."""
@@ -142,8 +150,10 @@ class TrainingSettings(Settings):
     """On a GPU: round the factors of float32 products to 10 bits of mantissa, faster. It changes what float32 computes,
     and nothing else."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    gradient_checkpointing: GradientCheckpointing = "none"
+    """Recompute activations in the backward pass, to need less memory. full: all of each layer, about a third slower.
+    selective: all but matrix products and attention, whose results are kept. auto: full where the stage would not fit
+    the device without (`align plan --memory`), else none. true and false mean full and none."""
 
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of all weights."""

@@ -19,7 +19,6 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad, use_adapter
 
 from align.context import Context
@@ -225,8 +224,7 @@ class ResponseLoss(DPOTrainer):
         """log ref of both responses, summed over their tokens: (2,B)."""
         is_adapter = is_peft_model(self.model)
         off = use_adapter(self.accelerator.unwrap_model(self.model), None) if is_adapter else nullcontext()
-        kwargs: Any = self.args.gradient_checkpointing_kwargs
-        with off, disable_gradient_checkpointing(self.model, kwargs), self.accelerator.autocast():
+        with off, self.accelerator.autocast():
             outputs = self._forward(self.ref_model or self.model, batch, slice(None))
         return outputs.log_probs.sum(1).view(2, -1)
 

@@ -63,7 +63,7 @@ def trainer_arguments(config: TrainingSettings, context: Context, optim: OptimSe
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing": False,  # stages do it themselves: align.models.recomputation
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
         "save_steps": config.checkpoint.every_steps or max(1, math.ceil(steps / 10)),

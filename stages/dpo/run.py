@@ -16,6 +16,7 @@ from align.models.handover import NUM_PROBES
 from align.models.load import local_folder
 from align.models.lora import add_lora, trainable_parameters
 from align.models.opened import Opened, commit_policy, open_policy
+from align.models.recomputation import recompute
 from align.models.roles import causal_role
 from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
@@ -38,6 +39,7 @@ def run(config: Config, context: Context) -> StageResult:
     prompts = held_out_prompts(evaluation, rows.prompts, rows.trained_on)
 
     model = add_lora(opened.model, config.lora) if config.lora else opened.model
+    recompute(model, config.gradient_checkpointing)
     sample = sampler(context, evaluation, model, opened.renderer, prompts)
     reference = Reference(is_needed=False)
     if config.needs_reference:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 from align.recipe.data_settings import Data, Role
 from align.recipe.settings import Fraction, Settings, execution, refuse, source
 from align.recipe.spec import Kind, Slot, StageSpec
-from align.recipe.training_settings import CheckpointSettings, LoraSettings, OptimSettings
+from align.recipe.training_settings import CheckpointSettings, GradientCheckpointing, LoraSettings, OptimSettings
 from align.rewards.settings import DEFAULT_TERM, RewardTerm, reward_terms
 from stages.ppo.settings import (
     ClipSettings,
@@ -154,8 +154,10 @@ class Config(Settings):
     fp32_lm_head: bool = False
     """Compute logits in float32 in a bfloat16 run: closer log-probabilities for a slower head."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    gradient_checkpointing: GradientCheckpointing = "none"
+    """Recompute activations in the backward pass, to need less memory. full: all of each layer, about a third slower.
+    selective: all but matrix products and attention, whose results are kept. auto: full where the stage would not fit
+    the device without (`align plan --memory`), else none. true and false mean full and none."""
 
     offload: list[Literal["reference", "reward"]] = execution([])
     """Frozen models that wait in CPU memory and are moved to the GPU for their pass only."""

@@ -21,7 +21,7 @@ def workload(
     rows = min(config.micro_batch_size, max(1, config.responses // config.minibatches // processes))
     if config.micro_batch_tokens is not None:
         rows = max(1, min(rows, config.micro_batch_tokens // (prompt + response)))
-    one = Pass(rows, prompt + response, packed=True, checkpointed=config.gradient_checkpointing)
+    one = Pass(rows, prompt + response, packed=True, recomputes=config.gradient_checkpointing)
     again = config.responses // config.minibatches > rows * processes
     steps = [Step("actor", one, "ppo", rows * response, accumulates=again or config.ptx is not None)]
     if roles.critic in {"separate", "adapter"}:

@@ -120,7 +120,7 @@ def trl_workload(
     per_process = max(1, config.batch_size // processes)
     micro = config.micro_batch_size or per_process
     width = lengths.longest(config.max_length, *parts)
-    one = Pass(micro * sequences_per_row, width, checkpointed=config.gradient_checkpointing)
+    one = Pass(micro * sequences_per_row, width, recomputes=config.gradient_checkpointing)
     steps = config.max_steps
     if steps is None and lengths.rows is not None:
         steps = max(1, math.ceil(lengths.rows * config.epochs / config.batch_size))
