@@ -155,6 +155,10 @@ class TrainingSettings(Settings):
     selective: all but matrix products and attention, whose results are kept. auto: full where the stage would not fit
     the device without (`align plan --memory`), else none. true and false mean full and none."""
 
+    padding_free: bool = True
+    """Rows of a micro-batch are laid end to end, each looking at itself only, so that padding costs nothing. Where an
+    architecture cannot (it is compared when the stage starts), batches are padded."""
+
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of all weights."""
 

@@ -25,7 +25,9 @@ from align.context import Context
 from align.models.lora import without_wrapper
 from align.models.opened import open_policy
 from align.models.roles import Role, causal_role
+from align.recipe.training_settings import TrainingSettings
 from align.training.division import ROWS
+from align.training.passes import prepare_passes
 from align.training.reference import FOLDER, read_logprobs, reference_key, write_logprobs
 from align.training.trainer import CommittedTrainer
 
@@ -84,11 +86,15 @@ class Reference:
     is_needed: bool = True
 
 
-def open_reference(context: Context, template: str, *, precompute: bool, has_adapter: bool) -> Reference:
+def open_reference(context: Context, config: TrainingSettings, template: str, *, precompute: bool) -> Reference:
     """The reference of a stage; loads the policy a second time if that is needed."""
     if precompute:
         return Reference(cache=context.directory.parents[1] / FOLDER)
-    return Reference() if has_adapter else Reference(open_policy(context.input("policy"), template).model)
+    if config.lora:
+        return Reference()
+    model = open_policy(context.input("policy"), template).model
+    prepare_passes(model, config)
+    return Reference(model)
 
 
 def reference_role(reference: Reference, context: Context, template: str, policy: Any) -> Role:

@@ -21,11 +21,11 @@ from align.models.handover import NUM_PROBES
 from align.models.load import HIGHEST_FIELD
 from align.models.lora import add_lora, trainable_parameters, without_wrapper
 from align.models.opened import Opened, commit_reward, open_as_reward, open_policy
-from align.models.recomputation import recompute
 from align.models.reward import normalise, score_sequences
 from align.models.roles import reward_role
 from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
+from align.training.passes import prepare_passes
 from align.training.prepared import prepared
 from align.training.rows import TokenRow, preference_row
 from align.training.trainer import CommittedTrainer, run_training, trainer_arguments
@@ -50,7 +50,7 @@ def run(config: Config, context: Context) -> StageResult:
     held_out_prompts(evaluation, (), rows.trained_on)
 
     model = add_lora(opened.model, config.lora, is_reward=True) if config.lora else opened.model
-    recompute(model, config.gradient_checkpointing)
+    prepare_passes(model, config)
     arguments = trainer_arguments(config, context, config.optim, len(rows.train))
     trainer = PairTrainer(
         model=model,
