@@ -19,6 +19,9 @@ from align.pipeline.plan import Plan
 from align.recipe.spec import named
 from align.recipe.training_settings import LoraSettings
 
+MARGIN = 0.85
+"""Share of a device that an estimate may fill for `gradient_checkpointing: auto` to leave it at none: estimates are up
+to 15% too low (docs/memory_estimate.md)."""
 METHODS = ("full", "lora", "qlora")
 WITHOUT_NF4 = ("zero3", "zero3-offload", "zero3-nvme")
 """Strategies that divide weights, which 4-bit ones cannot be."""
@@ -83,6 +86,11 @@ class Known:
     ) -> Estimate:
         """With other settings, strategy or number of processes than its own, if given."""
         config = self.config if config is None else config
+        if getattr(config, "gradient_checkpointing", None) == "auto":
+            one = with_gradient_checkpointing(config, "none")
+            without = self.estimate(device, config=one, strategy=strategy, processes=processes)
+            fits = device.memory is None or without.memory.peak <= MARGIN * device.memory
+            config = one if fits else with_gradient_checkpointing(config, "full")
         own_processes, own_strategy = chosen(self.launch)
         strategy, processes = strategy or own_strategy, processes or own_processes
         work: Workload = named(self.workload)(config, self.inputs, self.lengths, processes, self.evaluation)
@@ -136,6 +144,11 @@ class Known:
             }
             for strategy in STRATEGIES
         }
+
+
+def with_gradient_checkpointing(config: Any, how: str) -> Any:
+    """The settings of a stage with another `gradient_checkpointing`."""
+    return config.model_copy(update={"gradient_checkpointing": how})
 
 
 def _compute(config: Any, device: Device) -> int:
