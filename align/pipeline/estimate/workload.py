@@ -48,8 +48,9 @@ class Held:
     """Whether it is only an adapter on the model before it in the list."""
     is_rounded: bool = False
     """Whether its frozen numbers are held in the dtype of the passes and not in float32."""
-    moments_8bit: Literal["none", "layers", "all"] = "none"
-    """Whose moments AdamW holds in 8 bits: transformers' trainer leaves the embedding out."""
+    moments_8bit: str = "none"
+    """Of which trained numbers AdamW holds the moments in 8 bits: none, layers (transformers' trainer leaves the
+    embedding out) or all."""
     offloaded: bool = False
     """Whether it waits in main memory between its passes."""
 
