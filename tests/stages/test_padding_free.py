@@ -8,8 +8,11 @@ from safetensors.torch import load_file
 
 from align.models.packed import NAME, leave_out_padding
 from align.models.roles import causal_role
+from align.training.passes import prepare_passes
+from align.training.trainer import run_training
 from tests.models.test_roles import new_model
 from tests.stages.harness import KINDS, LORA
+from tests.stages.test_training import make_trainer
 
 LOSS, GRADIENT, WEIGHT = 2e-6, 1e-5, 1e-5
 """Bounds: of a loss, absolute; of a gradient's norm, relative; of a weight after six steps, absolute. Only the order of
@@ -58,3 +61,18 @@ def test_attention_that_cannot_stays_padded():
     before = model.model.forward
     assert not leave_out_padding(model.model)
     assert model.model.forward == before and model.config._attn_implementation != NAME
+
+
+def test_a_training_pass_sees_no_padding(new_run, tmp_path):
+    """The layers of a trained model get one row of as many tokens as the batch has."""
+    run = new_run("sft", tmp_path, max_steps=1)
+    trainer, model, context = make_trainer(run)
+    prepare_passes(model, run.config())
+    seen: list[tuple[torch.Size, int]] = []
+    model.model.embed_tokens.register_forward_hook(
+        lambda _module, inputs, output: seen.append((output.shape[:2], int((inputs[0] != pad).sum())))
+    )
+    pad = model.config.pad_token_id
+    run_training(trainer, context, keep_checkpoints=2, shown={})
+    ((rows, places), tokens) = seen[0]
+    assert (rows, places) == (1, tokens)
