@@ -25,9 +25,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from align.context import Context, StopFlag
 from align.errors import AlignError, ConfigError, DistributedError, Problem, WriteError
 from align.job import StageResult
+from align.pipeline.estimate.auto import Decision, decide, is_auto
+from align.pipeline.estimate.memory import Device
 from align.pipeline.folders import LOG, RECORD, RECORD_SCHEMA, Order, content, read_order, write_failure
 from align.pipeline.graph import wanted_launch
 from align.pipeline.processes import die_with_parent
@@ -137,16 +141,38 @@ def run_stage(directory: Path, stop: StopFlag) -> None:
     # Taken now: what the inputs hold while they are read, not what they may hold hours later.
     contents = {slot: content(Path(value.path)) for slot, value in order.job.inputs.items()}
     started = time.time()
+    decision = _decide(order, config, processes) if is_auto(config) else None
+    if decision is not None:
+        config = decision.apply(config)
     result: StageResult = named(order.run)(config, context)
     peaks = [_peak_memory()]
     if "WORLD_SIZE" in os.environ:
         peaks = gather(peaks[0])  # so all have come here: a stage is complete when it is in all processes
     if context.is_main:
-        write_json(directory / RECORD, _record(order, result, contents, started, peaks))
+        record = _record(order, result, contents, started, peaks)
+        write_json(directory / RECORD, record | ({"decided": decision.as_json()} if decision else {}))
         if context.checkpoints.exists():
             remove_folder(context.checkpoints)
     if "WORLD_SIZE" in os.environ:
         leave()
+
+
+def _decide(order: Order, config: Any, processes: int) -> Decision:
+    """What is left to the machine, decided by the first process for all, and said."""
+    import torch
+
+    from align.ranks import share
+
+    device, room = Device(), psutil.virtual_memory().available // processes
+    if torch.cuda.is_available():
+        room, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
+        device = Device(total, processes)
+    is_main = os.environ.get("RANK", "0") == "0"
+    decision = share(decide(load_specs()[order.job.kind], config, order.job, device, room) if is_main else None)
+    if is_main:
+        how = decision.gradient_checkpointing
+        print(f"  {order.job.stage}: gradient checkpointing: {how} ({decision.because})", file=sys.stderr)
+    return decision
 
 
 def _world_size() -> int:

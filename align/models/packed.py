@@ -8,10 +8,11 @@ path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 NAME = "align_packed"
 """Of this attention, in transformers' register."""
@@ -29,6 +31,9 @@ FULL = "full_attention"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed between what two ways of computing the same give, relative to the largest value, by the
 dtype of the weights."""
+
+_ASKS_FOR_STATES = {"attention_mask", "use_cache"}
+"""The arguments, with the token ids, of a pass that wants the last states of a padded batch and nothing else."""
 
 _is_packed = ContextVar("_is_packed", default=False)
 
@@ -114,8 +119,9 @@ def packs(body: Any) -> bool:
     return body.config._attn_implementation == NAME
 
 
-def packed_states(body: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-    """The last hidden states (B,L,H) of a padded batch, (B,L) each; 0 at padding."""
+def packed_states(body: Callable, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    """The last hidden states (B,L,H) of a padded batch, (B,L) each; 0 at padding. `body` is a transformer that packs,
+    or its forward."""
     valid = attention_mask.bool()
     packing = Packing.of(valid)
     with _packed():
@@ -144,6 +150,27 @@ def pack(body: Any) -> bool:
         return True
     config._attn_implementation = "sdpa"
     return False
+
+
+def leave_out_padding(body: Any) -> bool:
+    """Makes a transformer that can do so leave padding out whoever calls it with a padded batch and asks for its last
+    states only, as TRL's trainers do. All other calls, those of generation among them, are as before. Says whether it
+    can."""
+    if not pack(body):
+        return False
+    padded = body.forward
+
+    @wraps(padded)
+    def forward(input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        asked = {name for name, value in kwargs.items() if value is not None}
+        if input_ids is None or args or asked != _ASKS_FOR_STATES or kwargs["use_cache"]:
+            return padded(input_ids, *args, **kwargs)
+        valid = kwargs["attention_mask"]
+        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+        return BaseModelOutputWithPast(last_hidden_state=packed_states(padded, input_ids, valid, positions))
+
+    body.forward = forward
+    return True
 
 
 def _looks_at_a_part(config: Any) -> bool:

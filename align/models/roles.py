@@ -23,6 +23,7 @@ from align.errors import ArtifactError
 from align.models.load import OFFSET_FIELD
 from align.models.lora import without_wrapper
 from align.models.packed import TOLERANCE, packed_states, packs
+from align.models.recomputation import recompute
 
 NUM_CHECKED = 4
 
@@ -97,9 +98,9 @@ class Role:
         self.module.to(device)
         return self
 
-    def checkpoint_gradients(self) -> None:
-        """Recomputes the body's activations in the backward pass. Bodies do so in training mode only."""
-        self.body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    def checkpoint_gradients(self, how: str = "full") -> None:
+        """Recomputes the body's activations in the backward pass (align.models.recomputation)."""
+        recompute(self.body, how)
         self.body.train()
 
 

@@ -25,7 +25,7 @@ FOLDER = "launch"
 
 MACHINES_WAIT_S = 3600
 """Seconds that a machine waits for another one at the start of a stage: until that one has done what it does alone."""
-_PRECISION = {"bf16": "bfloat16"}
+_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
 FSDP = {
     "fsdp_version": 2,
     "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -128,6 +128,13 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
         version("deepspeed")  # the folder `deepspeed/` would be found as a package of this name
     except PackageNotFoundError:
         yield Problem(f"{node.name}.launch", "DeepSpeed is not installed", "pip install 'align-rlhf[deepspeed]'")
+    if getattr(node.config, "precision", None) == "float16":
+        what = "DeepSpeed would hold the weights in float16 too, and round small updates away"
+        yield Problem(f"{node.name}.precision", what, "use bfloat16, or launch.strategy: ddp")
+    optim = getattr(node.config, "optim", None)
+    if optim is not None and optim.kind != "adamw":
+        what = f"{optim.kind} was never run on states that DeepSpeed divides"
+        yield Problem(f"{node.name}.optim.kind", what, "use adamw, whose moments `launch` divides or offloads")
     own = config.get("deepspeed_config") or {}
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         if own.get(key, "auto") != "auto":
@@ -145,6 +152,8 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _fsdp_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
+    if not isinstance(node.config, TrainingSettings):
+        yield Problem(f"{node.name}.launch", f"{node.spec.kind} is not trained under FSDP", "use ddp, zero2 or zero3")
     where = f"{node.name}: fsdp_config"
     if config.get("fsdp_version") != FSDP["fsdp_version"]:
         yield Problem(f"{where}.fsdp_version", "version 2 is needed", "set `fsdp_version: 2`")

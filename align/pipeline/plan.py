@@ -202,10 +202,26 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 
 def _check_quantisation(nodes: Sequence[Node]) -> None:
-    names = [node.name for node in nodes if getattr(getattr(node.config, "lora", None), "quantise", None)]
-    if names and find_spec("bitsandbytes") is None:
-        what, hint = "nf4 needs bitsandbytes", "pip install 'align-rlhf[quant]'"
-        raise ConfigError([Problem(f"{name}.lora.quantise", what, hint) for name in names])
+    wanted = {
+        f"{node.name}.{key}": what
+        for node in nodes
+        for key, what in {
+            "lora.quantise": _value(node.config, "lora.quantise"),
+            "optim.kind": _value(node.config, "optim.kind"),
+            "critic.optim.kind": _value(node.config, "critic.optim.kind"),
+        }.items()
+        if what not in {None, "adamw"}
+    }
+    if wanted and find_spec("bitsandbytes") is None:
+        hint = "pip install 'align-rlhf[quant]'"
+        raise ConfigError([Problem(key, f"{what} needs bitsandbytes", hint) for key, what in wanted.items()])
+
+
+def _value(config: Any, key: str) -> Any:
+    """A setting by its dotted key; None where a stage has none."""
+    for name in key.split("."):
+        config = getattr(config, name, None)
+    return config
 
 
 def _check_names(option: str, given: Collection[str], nodes: Sequence[Node]) -> None:

@@ -18,6 +18,7 @@ from align.recipe.overrides import Origins
 from align.recipe.schema import KeyPath
 
 RESERVED = {
+    "optim": "optim.kind",
     "learning_rate": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
     "warmup_ratio": "optim.warmup",
@@ -36,7 +37,9 @@ RESERVED = {
     "truncation_mode": "on_long",
     "bf16": "precision",
     "fp16": "precision",
+    "tf32": "tf32",
     "gradient_checkpointing": "gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
     "save_strategy": "checkpoint.every_steps",
     "save_steps": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep",

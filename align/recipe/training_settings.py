@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -43,6 +44,11 @@ Model = Annotated[ModelSettings, shorthand("path")]
 class OptimSettings(Settings):
     """AdamW and its learning-rate schedule."""
 
+    kind: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
+    """How AdamW's two moments are held: float32 (8 bytes per trained weight), or in 8 bits with a scale for every 256
+    (2.03 bytes; Dettmers et al. 2022). paged: on a GPU only, in memory that moves to the machine's while there is no
+    room. All but adamw need bitsandbytes."""
+
     lr: PositiveFloat
     """Peak learning rate."""
 
@@ -63,6 +69,23 @@ class OptimSettings(Settings):
 
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm, measured over all processes."""
+
+    @property
+    def is_8bit(self) -> bool:
+        """Whether the moments are held in 8 bits."""
+        return self.kind.endswith("8bit")
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the moments may move to main memory."""
+        return self.kind.startswith("paged")
+
+
+GradientCheckpointing = Annotated[
+    Literal["none", "full", "selective", "auto"],
+    BeforeValidator(lambda value: {True: "full", False: "none"}[value] if isinstance(value, bool) else value),
+]
+"""true and false stand for full and none."""
 
 
 class LoraSettings(Settings):
@@ -118,11 +141,23 @@ class TrainingSettings(Settings):
     """Rows over `max_length` are left out and counted, or stop the run. They are never cut: a cut row loses
     its EOS."""
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 where a GPU supports it, else float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What passes compute in. auto: bfloat16 where a GPU supports it, else float32. Trained weights, their gradients
+    and the optimiser's moments are float32 in every one (in bfloat16 under ZeRO: weights and moments). float16 scales
+    the loss, and leaves out a step whose gradients overflow."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    tf32: bool = False
+    """On a GPU: round the factors of float32 products to 10 bits of mantissa, faster. It changes what float32 computes,
+    and nothing else."""
+
+    gradient_checkpointing: GradientCheckpointing = "none"
+    """Recompute activations in the backward pass, to need less memory. full: all of each layer, about a third slower.
+    selective: all but matrix products and attention, whose results are kept. auto: full where the stage would not fit
+    the device without (`align plan --memory`), else none. true and false mean full and none."""
+
+    padding_free: bool = True
+    """Rows of a micro-batch are laid end to end, each looking at itself only, so that padding costs nothing. Where an
+    architecture cannot (it is compared when the stage starts), batches are padded."""
 
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of all weights."""

@@ -8,11 +8,13 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from align import ranks
 from align.errors import DistributedError
 from align.models.roles import Role
 from align.recipe.training_settings import OptimSettings
+from align.training.adamw import new_adamw, restore_state, state_tensors
 
 BUCKET = 2**24
 """Numbers that are sent to the other processes at a time: it bounds the memory of the copy."""
@@ -33,12 +35,12 @@ class Optimiser(Protocol):
         ...
 
     def clip(self, max_norm: float) -> float:
-        """Makes the gradient that of all processes together, a sum, and clips it by its norm. Returns the norm before:
-        if that is not finite, nothing was updated yet."""
+        """Makes the gradient that of all processes together, a sum, without the loss scale, and clips it by its norm.
+        Returns the norm before: if that is not finite, nothing was updated yet."""
         ...
 
     def step(self) -> None:
-        """Updates the weights."""
+        """Updates the weights, unless the scaler leaves the step out."""
         ...
 
     def zero_grad(self) -> None:
@@ -58,7 +60,8 @@ class Optimiser(Protocol):
         ...
 
 
-NewOptimiser = Callable[[Role, OptimSettings], Optimiser]
+NewOptimiser = Callable[[Role, OptimSettings, GradScaler], Optimiser]
+"""Of a role. The scaler, of passes in float16, is that of all roles of the trainer, which updates it after a step."""
 
 
 class DataParallelAdamW:
@@ -66,19 +69,20 @@ class DataParallelAdamW:
 
     is_sharded = False
 
-    def __init__(self, role: Role, settings: OptimSettings):
+    def __init__(self, role: Role, settings: OptimSettings, scaler: GradScaler):
         self.parameters = list(role.parameters())
-        self.adamw = adamw(self.parameters, settings)
+        self.adamw, self.scaler = new_adamw(self.parameters, settings), scaler
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        self.scaler.scale(loss).backward()
 
     def clip(self, max_norm: float) -> float:
         add_up_gradients(self.parameters)
+        self.scaler.unscale_(self.adamw)
         return float(nn.utils.clip_grad_norm_(self.parameters, max_norm))
 
     def step(self) -> None:
-        self.adamw.step()
+        self.scaler.step(self.adamw)
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
@@ -88,27 +92,10 @@ class DataParallelAdamW:
             group["lr"] = lr
 
     def tensors(self) -> dict[str, Tensor]:
-        state = self.adamw.state_dict()["state"]
-        return {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
+        return state_tensors(self.adamw)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = value
-        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
-
-
-def adamw(parameters: Sequence[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
-    """As the recipe says."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+        restore_state(self.adamw, tensors)
 
 
 def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:

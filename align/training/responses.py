@@ -19,7 +19,6 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad, use_adapter
 
 from align.context import Context
@@ -27,7 +26,9 @@ from align.models.lora import without_wrapper
 from align.models.opened import open_policy
 from align.models.partitioned import layer_by_layer, parts_hash, whole
 from align.models.roles import Role, causal_role
+from align.recipe.training_settings import TrainingSettings
 from align.training.division import ROWS
+from align.training.passes import prepare_passes
 from align.training.reference import FOLDER, read_logprobs, reference_key, write_logprobs
 from align.training.trainer import CommittedTrainer
 
@@ -86,11 +87,15 @@ class Reference:
     is_needed: bool = True
 
 
-def open_reference(context: Context, template: str, *, precompute: bool, has_adapter: bool) -> Reference:
+def open_reference(context: Context, config: TrainingSettings, template: str, *, precompute: bool) -> Reference:
     """The reference of a stage; loads the policy a second time if that is needed."""
     if precompute:
         return Reference(cache=context.directory.parents[1] / FOLDER)
-    return Reference() if has_adapter else Reference(open_policy(context.input("policy"), template).model)
+    if config.lora:
+        return Reference()
+    model = open_policy(context.input("policy"), template).model
+    prepare_passes(model, config)
+    return Reference(model)
 
 
 def reference_role(reference: Reference, context: Context, template: str, policy: Any) -> Role:
@@ -226,8 +231,7 @@ class ResponseLoss(DPOTrainer):
         """log ref of both responses, summed over their tokens: (2,B)."""
         is_adapter = is_peft_model(self.model)
         off = use_adapter(self.accelerator.unwrap_model(self.model), None) if is_adapter else nullcontext()
-        kwargs: Any = self.args.gradient_checkpointing_kwargs
-        with off, disable_gradient_checkpointing(self.model, kwargs), self.accelerator.autocast():
+        with off, self.accelerator.autocast():
             outputs = self._forward(self.ref_model or self.model, batch, slice(None))
         return outputs.log_probs.sum(1).view(2, -1)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from transformers import Trainer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -21,7 +22,7 @@ from align.models.partitioned import make_whole
 from align.recipe.training_settings import TrainingSettings
 from align.recipe.zero import FROM_RECIPE, nvme_folders, read_zero
 from align.training import fsdp
-from align.training.precision import trains_in_bfloat16
+from align.training.precision import training_dtype
 
 
 def sharding_arguments(micro: int, accumulation: int, max_grad_norm: float, in_bfloat16: bool) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def sharding_arguments(micro: int, accumulation: int, max_grad_norm: float, in_b
 def loading(config: TrainingSettings) -> Iterator[None]:
     """Inside, models are loaded in parts under ZeRO-3: no process ever has all weights. One in 4 bits is loaded whole,
     and parted when training starts."""
-    settings = sharding_arguments(1, 1, 0.0, trains_in_bfloat16(config.precision)).get("deepspeed")
+    settings = sharding_arguments(1, 1, 0.0, training_dtype(config.precision) is torch.bfloat16).get("deepspeed")
     if settings is None or config.quantise or settings["zero_optimization"].get("stage") != 3:
         yield
         return

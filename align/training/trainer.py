@@ -22,9 +22,10 @@ from align.errors import ConfigError, DistributedError, NumericError, Problem
 from align.recipe.training_settings import OptimSettings, TrainingSettings
 from align.records import read_manifest
 from align.training import fsdp
+from align.training.adamw import TRAINERS_NAMES, check_device
 from align.training.checkpoints import checkpoint_folder, keep_newest, resumable
 from align.training.division import DividedTrainer, OwnRows
-from align.training.precision import trains_in_bfloat16
+from align.training.precision import loss_scaler, may_overflow, set_tf32, training_dtype
 from align.training.progress import StageProgress
 from align.training.sharding import layout, leave_sharded, sharding_arguments, whole_while
 
@@ -33,8 +34,10 @@ SAVED_BY_TRAINER = "training_args.bin"
 
 
 def optimiser_arguments(optim: OptimSettings) -> dict[str, Any]:
-    """Our optimiser settings in the trainer's vocabulary."""
+    """Our optimiser settings in the trainer's vocabulary. Raises ConfigError where this machine has no such one."""
+    check_device(optim)
     return {
+        "optim": TRAINERS_NAMES[optim.kind],
         "learning_rate": optim.lr,
         "lr_scheduler_type": optim.schedule if optim.schedule != "constant" else "constant_with_warmup",
         "warmup_steps": optim.warmup,  # below 1: a share of all steps
@@ -50,17 +53,19 @@ def trainer_arguments(config: TrainingSettings, context: Context, optim: OptimSe
     """Arguments common to TRL's configs. Everything the library would otherwise decide by itself is decided here."""
     micro, accumulation = _micro_batches(config, context)
     steps = config.max_steps or max(1, math.ceil(rows * config.epochs / config.batch_size))
-    in_bfloat16 = trains_in_bfloat16(config.precision)
+    dtype = training_dtype(config.precision)
+    set_tf32(config.tf32)
     return {
         **housekeeping_arguments(context),
         **optimiser_arguments(optim),
-        **sharding_arguments(micro, accumulation, optim.max_grad_norm, in_bfloat16),
+        **sharding_arguments(micro, accumulation, optim.max_grad_norm, dtype is torch.bfloat16),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "bf16": in_bfloat16,
+        "gradient_checkpointing": False,  # stages do it themselves: align.models.recomputation
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
         "save_steps": config.checkpoint.every_steps or max(1, math.ceil(steps / 10)),
         "logging_steps": config.log_every,
         **config.trainer_args,
@@ -102,9 +107,13 @@ class CommittedTrainer(DividedTrainer):
     """TRL's count of tokens seen. It is in every line of metrics, and TRL starts it at 0 when resuming."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Called by the library when the trainer is made."""
+        """Called by the library when the trainer is made. On a CPU too, passes in float16 are that: accelerate would
+        say so and compute in float32."""
         fsdp.allow_on_cpu()
         super().create_accelerator_and_postprocess()
+        accelerator: Any = self.accelerator
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            accelerator.native_amp, accelerator.scaler = True, loss_scaler(torch.float16, "cpu")
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch. Raises NumericError, before the backward pass, if it is not finite."""
@@ -121,9 +130,10 @@ class CommittedTrainer(DividedTrainer):
             self.control.should_training_stop = True
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """The norm over all gradients, known after the backward pass and before the update."""
+        """The norm over all gradients, known after the backward pass and before the update. In float16 it may be that
+        the scaled loss was too large: then the update is left out."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None:
+        if norm is not None and not may_overflow(self.accelerator.scaler):
             self._refuse_non_finite("gradient norm", float(norm))
         return norm
 

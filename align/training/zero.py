@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from align import ranks
 from align.models.partitioned import is_partitioned, whole_model
 from align.models.roles import Role
 from align.recipe.training_settings import OptimSettings
-from align.training.optimisers import BUCKET, DataParallelAdamW, Optimiser, adamw
+from align.training.adamw import new_adamw
+from align.training.optimisers import BUCKET, DataParallelAdamW, Optimiser
 from align.training.sharding import launched_with
 
 SCORE = "score"
@@ -32,12 +34,12 @@ def zero_stage() -> int:
     return int(launched_with()["zero_optimization"]["stage"]) if ranks.uses_deepspeed() else 0
 
 
-def new_optimiser(role: Role, settings: OptimSettings) -> Optimiser:
+def new_optimiser(role: Role, settings: OptimSettings, scaler: GradScaler) -> Optimiser:
     """The optimiser of a role as the launcher was told. Under ZeRO-3 adapters are whole in every process, and so is
     their optimiser: only their base is sharded."""
     stage = zero_stage()
     if stage == 0 or (stage == 3 and role.trained is not None):
-        return DataParallelAdamW(role, settings)
+        return DataParallelAdamW(role, settings, scaler)
     return ZeroAdamW(role, settings, stage)
 
 
@@ -54,7 +56,7 @@ class ZeroAdamW:
         # DeepSpeed would copy the rest of a body that is shared, and look for gradients there.
         module = role.module if stage == 3 else nn.ParameterList(parameters)
         self.stage = stage
-        self.engine = _initialize(module, optimizer=adamw(parameters, settings))
+        self.engine = _initialize(module, optimizer=new_adamw(parameters, settings))
         self.sharded: Any = self.engine.optimizer
 
     def backward(self, loss: Tensor) -> None:

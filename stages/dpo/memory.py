@@ -21,7 +21,7 @@ def workload(
         lengths,
         processes,
         evaluation,
-        models=[trained_model(config), *reference],
+        models=[trained_model(config, config.optim), *reference],
         sequences_per_row=2,
         parts=[(0, 1), (0, 2)],
         logits="fused",

@@ -19,6 +19,7 @@ from align.models.opened import Opened, commit_policy, open_policy
 from align.models.roles import causal_role
 from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
+from align.training.passes import prepare_passes
 from align.training.prepared import prepared
 from align.training.responses import Reference, open_reference, reference_role, warn_of_displacement
 from align.training.rows import preference_row
@@ -40,13 +41,12 @@ def run(config: Config, context: Context) -> StageResult:
     prompts = held_out_prompts(evaluation, rows.prompts, rows.trained_on)
 
     model = add_lora(opened.model, config.lora) if config.lora else opened.model
+    prepare_passes(model, config)
     sample = sampler(context, evaluation, model, opened.renderer, prompts)
     reference = Reference(is_needed=False)
     if config.needs_reference:
         with loading(config):
-            reference = open_reference(
-                context, template, precompute=config.precompute_reference, has_adapter=bool(config.lora)
-            )
+            reference = open_reference(context, config, template, precompute=config.precompute_reference)
     train_policy(config, context, model, reference, opened, rows.train.table, sample)
     probes = [row["prompt_ids"] + row["chosen_ids"] for row in (rows.held_out or rows.train)[:NUM_PROBES]]
     trained = trainable_parameters(model)

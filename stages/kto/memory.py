@@ -21,7 +21,7 @@ def workload(
         lengths,
         processes,
         evaluation,
-        models=[trained_model(config), *([Held("reference", "policy")] if has_reference else [])],
+        models=[trained_model(config, config.optim), *([Held("reference", "policy")] if has_reference else [])],
         sequences_per_row=1,
         parts=[(0, 1)],
         logits="fused",

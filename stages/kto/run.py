@@ -20,6 +20,7 @@ from align.models.opened import Opened, commit_policy, open_policy
 from align.models.roles import causal_role
 from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
+from align.training.passes import prepare_passes
 from align.training.prepared import prepared
 from align.training.responses import Reference, open_reference, reference_role, warn_of_displacement
 from align.training.rows import judgement_row
@@ -42,7 +43,8 @@ def run(config: Config, context: Context) -> StageResult:
 
     weighing = weigh(config, rows.train.table, context.job.stage)
     model = add_lora(opened.model, config.lora) if config.lora else opened.model
-    reference = open_reference(context, template, precompute=config.precompute_reference, has_adapter=bool(config.lora))
+    prepare_passes(model, config)
+    reference = open_reference(context, config, template, precompute=config.precompute_reference)
     sample = sampler(context, evaluation, model, opened.renderer, prompts)
     train_policy(config, context, model, reference, opened, rows.train.table, weighing, sample)
     probes = [row["prompt_ids"] + row["response_ids"] for row in (rows.held_out or rows.train)[:NUM_PROBES]]

@@ -63,6 +63,7 @@ def _save_shared(folder: Path, trainer: PPOTrainer, history: History, rollouts: 
         "rollouts": rollouts,
         "num_steps": trainer.num_steps,
         "kl_coef": trainer.kl_coef,
+        "loss_scale": trainer.scaler.state_dict(),
         "history": asdict(history),
     }
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -97,6 +98,8 @@ def load_checkpoint(
         flight.state = State.restored(json.loads(_in_flight(folder).read_text(encoding="utf-8")))
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     trainer.num_steps, trainer.kl_coef = state["num_steps"], state["kl_coef"]
+    if trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(state["loss_scale"])
     return state["rollouts"], History(**state["history"])
 
 

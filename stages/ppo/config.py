@@ -11,7 +11,7 @@ from align.recipe.data_settings import Data, Role
 from align.recipe.launch_settings import LaunchSettings
 from align.recipe.settings import Fraction, Settings, execution, refuse, source
 from align.recipe.spec import Kind, Slot, StageSpec
-from align.recipe.training_settings import CheckpointSettings, LoraSettings, OptimSettings
+from align.recipe.training_settings import CheckpointSettings, GradientCheckpointing, LoraSettings, OptimSettings
 from align.rewards.settings import DEFAULT_TERM, RewardTerm, reward_terms
 from stages.ppo.settings import (
     ClipSettings,
@@ -143,14 +143,22 @@ class Config(Settings):
     max_prompt_tokens: PositiveInt = 768
     """Prompts over this are left out and counted, never cut."""
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 where a GPU supports it, else float32. Log-probabilities are always float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What passes compute in. auto: bfloat16 where a GPU supports it, else float32. Trained weights, their gradients
+    and moments are always float32, and so are log-probabilities. float16 scales the loss, and leaves out a step whose
+    gradients overflow."""
+
+    tf32: bool = False
+    """On a GPU: round the factors of float32 products to 10 bits of mantissa, faster. It changes what float32 computes,
+    and nothing else."""
 
     fp32_lm_head: bool = False
     """Compute logits in float32 in a bfloat16 run: closer log-probabilities for a slower head."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    gradient_checkpointing: GradientCheckpointing = "none"
+    """Recompute activations in the backward pass, to need less memory. full: all of each layer, about a third slower.
+    selective: all but matrix products and attention, whose results are kept. auto: full where the stage would not fit
+    the device without (`align plan --memory`), else none. true and false mean full and none."""
 
     offload: list[Literal["reference", "reward"]] = execution([])
     """Frozen models that wait in CPU memory and are moved to the GPU for their pass only."""

@@ -21,7 +21,7 @@ def workload(
     rows = min(config.micro_batch_size, max(1, config.responses // config.minibatches // processes))
     if config.micro_batch_tokens is not None:
         rows = max(1, min(rows, config.micro_batch_tokens // (prompt + response)))
-    one = Pass(rows, prompt + response, packed=True, checkpointed=config.gradient_checkpointing)
+    one = Pass(rows, prompt + response, packed=True, recomputes=config.gradient_checkpointing)
     again = config.responses // config.minibatches > rows * processes
     steps = [Step("actor", one, "ppo", rows * response, accumulates=again or config.ptx is not None)]
     if roles.critic in {"separate", "adapter"}:
@@ -39,16 +39,17 @@ def workload(
 
 def _models(config: Config, roles: Layout) -> list[Held]:
     trained = "adapter" if config.lora else "all"
+    actor, critic = ("all" if optim.is_8bit else "none" for optim in (config.optim, config.critic.optim))
     adapters = [Held(name, name, is_adapter=True, lora=config.lora) for name in roles.adapter_rewards]
-    models = [Held("actor", "policy", trained, lora=config.lora, is_rounded=bool(config.lora))]
+    models = [Held("actor", "policy", trained, lora=config.lora, is_rounded=bool(config.lora), moments_8bit=actor)]
     if roles.critic == "adapter":
-        models.append(Held("critic", "policy", "adapter", lora=config.lora, is_adapter=True))
+        models.append(Held("critic", "policy", "adapter", lora=config.lora, is_adapter=True, moments_8bit=critic))
     models += adapters if roles.trains_adapter else []
     if not roles.reference_is_base:
         models.append(Held("reference", "reference", offloaded="reference" in config.offload))
         models += [] if roles.trains_adapter else adapters
     if roles.critic == "separate":
-        models.append(Held("critic", "policy", "all", has_head=False))
+        models.append(Held("critic", "policy", "all", has_head=False, moments_8bit=critic))
     return models + [
         Held(", ".join(names), names[0], has_head=False, offloaded="reward" in config.offload)
         for names in roles.own_rewards

@@ -56,8 +56,8 @@ def open_models(config: Config, context: Context, device: torch.device) -> Model
         rewards |= dict.fromkeys(names, opening.own_reward(names[0]))
     critic, informed = opening.critic(policy, actor, frozen, rewards)
     for role in (actor, critic):
-        if role is not None and config.gradient_checkpointing:
-            role.checkpoint_gradients()
+        if role is not None and config.gradient_checkpointing != "none":
+            role.checkpoint_gradients(config.gradient_checkpointing)
     for role in (actor, critic, reference, *(reward.role for reward in rewards.values())):
         if role is not None:
             pack(role.body)

@@ -40,7 +40,7 @@ from align.rewards.functions import call_function, load_function
 from align.rewards.remote import RemoteReward
 from align.rewards.settings import RewardTerm
 from align.training.masked import Processes
-from align.training.precision import training_dtype
+from align.training.precision import set_tf32, training_dtype
 from align.training.rows import TokenRow, demonstration_row, load_rows
 from align.training.zero import new_optimiser
 from stages.ppo.config import Config
@@ -58,6 +58,7 @@ def run(config: Config, context: Context) -> StageResult:
     """Improves the policy rollout by rollout."""
     set_seed(context.seed("weights"))
     assert config.data is not None
+    set_tf32(config.tf32)
     accelerator = new_accelerator(context)
     dataset = load_rows(config.data, Role.PROMPTS, context)
     evaluation = EvaluationSettings.model_validate(context.job.evaluation)

@@ -23,6 +23,7 @@ from align.models.roles import Role
 from align.training.logprobs import response_states, state_logprobs, state_values
 from align.training.masked import ALONE, Processes, masked_sum
 from align.training.optimisers import DataParallelAdamW, NewOptimiser
+from align.training.precision import loss_scaler, may_overflow
 from align.training.schedule import learning_rate_factor
 from stages.ppo.alarms import check_same_policy
 from stages.ppo.config import Config
@@ -42,7 +43,7 @@ Objective = Callable[[Rollout, Tensor, Responses, Tensor], tuple[Tensor, dict[st
 """What a role minimises on some rows of a rollout, given their numbers, themselves, and their states; a sum over
 tokens. And sums and maxima to be shown."""
 
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 """Largest difference of a token's log-probability between two passes of the same weights, by the dtype of the passes.
 Only other batch shapes round differently."""
 
@@ -76,9 +77,12 @@ class PPOTrainer:
         self.shares_states = config.has_critic and config.critic.kind == "shared-head"
         self.models = {"actor": actor} | ({} if critic is None else {"critic": critic})
         self.settings = {"actor": config.optim, "critic": config.critic.optim}
-        self.optimisers = {name: new_optimiser(role, self.settings[name]) for name, role in self.models.items()}
         self.ema = Ema(dict(actor.named_parameters()), config.ema) if config.ema else None
         self.precision, self.rounding = precision, ROUNDING[precision]
+        self.scaler = loss_scaler(precision, actor.device)
+        self.optimisers = {
+            name: new_optimiser(role, self.settings[name], self.scaler) for name, role in self.models.items()
+        }
         self.kl_coef = config.kl.coef
         """Weight of the KL; moves with kl.target."""
         self.num_steps = 0
@@ -220,9 +224,11 @@ class PPOTrainer:
         trained = {name: one for name, one in self.optimisers.items() if train_actor or name != "actor"}
         for name, optimiser in trained.items():
             stats[f"{name}_grad_norm"] = optimiser.clip(self.settings[name].max_grad_norm)
-        self._refuse_non_finite({name: stats[f"{name}_grad_norm"] for name in trained})
+        if not may_overflow(self.scaler):
+            self._refuse_non_finite({name: stats[f"{name}_grad_norm"] for name in trained})
         for optimiser in trained.values():
             optimiser.step()
+        self.scaler.update()
         self._zero_grad()
         self.num_steps += 1
 

@@ -22,7 +22,7 @@ def workload(
         lengths,
         processes,
         evaluation,
-        models=[trained_model(config, has_head=False)],
+        models=[trained_model(config, config.optim, has_head=False)],
         sequences_per_row=2,
         parts=[(0, 1), (0, 2)],
         logits="none",

@@ -25,6 +25,7 @@ from align.models.reward import normalise, score_sequences
 from align.models.roles import reward_role
 from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
+from align.training.passes import prepare_passes
 from align.training.prepared import prepared
 from align.training.rows import TokenRow, preference_row
 from align.training.sharding import loading
@@ -51,6 +52,7 @@ def run(config: Config, context: Context) -> StageResult:
     held_out_prompts(evaluation, (), rows.trained_on)
 
     model = add_lora(opened.model, config.lora, is_reward=True) if config.lora else opened.model
+    prepare_passes(model, config)
     arguments = trainer_arguments(config, context, config.optim, len(rows.train))
     trainer = PairTrainer(
         model=model,

@@ -19,7 +19,7 @@ def workload(
         lengths,
         processes,
         evaluation,
-        models=[trained_model(config)],
+        models=[trained_model(config, config.optim)],
         sequences_per_row=1,
         parts=[(0,)],
         logits="fused",

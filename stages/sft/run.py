@@ -18,6 +18,7 @@ from align.models.opened import commit_policy, open_policy
 from align.models.roles import causal_role
 from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
+from align.training.passes import prepare_passes
 from align.training.prepared import prepared
 from align.training.rows import demonstration_row
 from align.training.sharding import loading
@@ -40,6 +41,7 @@ def run(config: Config, context: Context) -> StageResult:
     prompts = held_out_prompts(evaluation, rows.prompts, rows.trained_on)
 
     model = add_lora(opened.model, config.lora) if config.lora else opened.model
+    prepare_passes(model, config)
     trainer = DemonstrationTrainer(
         model=model,
         args=SFTConfig(**trainer_arguments(config, context, config.optim, len(rows.train)), max_length=None),

@@ -22,6 +22,7 @@ from align.job import Job
 from align.recipe.data_settings import DataSettings
 from align.recipe.training_settings import CheckpointSettings, LoraSettings, OptimSettings
 from align.training.checkpoints import checkpoint_folder
+from align.training.precision import training_dtype
 from stages.ppo.checkpoint import load_checkpoint
 from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
@@ -91,6 +92,7 @@ def make_loop(
         models.reference,
         seed=context.seed("minibatches"),
         warmup=warmup_rollouts(config, models),
+        precision=training_dtype(config.precision),
         demonstrations=Demonstrations([([5, 6], [7, 8, 9]), ([6], [5])], 2, 0, 0) if config.ptx else None,
     )
     engine = TransformersEngine(policy.model, batch_size=4)
@@ -288,13 +290,14 @@ VARIANTS = {
     "adaptive KL": {"kl": KLSettings(target=0.01, horizon=20)},
     "rloo": {"estimator": "rloo", "rollout": RolloutSettings(prompts=3, responses_per_prompt=2, max_response_tokens=5)},
     "ptx": {"ptx": PtxSettings(data=DataSettings(path="demonstrations.jsonl"), batch_size=2)},
+    "float16, moments in 8 bits": {"precision": "float16", "optim": OptimSettings(kind="adamw-8bit", lr=3e-3)},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_resumes_bit_for_bit(variant, tiny, tmp_path):
     """What a variant adds to the state (adapters, a head, an average, a moving coefficient, a place in the
-    demonstrations) is in the checkpoint."""
+    demonstrations, a loss scale) is in the checkpoint."""
     config = make_config(**VARIANTS[variant])
     whole = make_loop(tiny, tmp_path / "whole", config)
     whole.run()
@@ -303,6 +306,24 @@ def test_every_variant_resumes_bit_for_bit(variant, tiny, tmp_path):
     resumed = make_loop(tiny, tmp_path / "parts", config)
     resumed.run()
     assert_same_run(resumed, whole)
+
+
+def test_an_overflow_in_float16_is_no_step_and_halves_the_scale(tiny, tmp_path):
+    """The first gradient of the actor overflows, and only that. The critic's is as it should be: a step for each, with
+    a scale for both."""
+    loop = make_loop(tiny, tmp_path, make_config(precision="float16", rollouts=1, epochs=1))
+    trainer, loop.trainer.scaler = loop.trainer, torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    actor, critic = (list(role.parameters())[-1] for role in trainer.models.values())
+    before, overflows = (actor.detach().clone(), critic.detach().clone()), iter([float("inf")])
+    actor.register_hook(lambda gradient: gradient * next(overflows, 1.0))
+    seen = []
+    trainer.optimisers["critic"].register_step_post_hook(
+        lambda *_: seen.append((torch.equal(actor, before[0]), torch.equal(critic, before[1])))
+    )
+    loop.run()
+    assert seen == [(True, False), (False, False)]
+    assert trainer.scaler.get_scale() == 2**9
+    assert all(torch.isfinite(value).all() for value in state(loop).values())
 
 
 def test_the_kl_budget_ends_the_stage(straight, tiny, tmp_path):

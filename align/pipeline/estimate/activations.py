@@ -35,8 +35,8 @@ class Pass:
     width: int
     packed: bool = False
     """Whether rows are laid end to end (align.models.packed)."""
-    checkpointed: bool = False
-    """Whether activations are computed again in the backward pass (Chen et al. 2016)."""
+    recomputes: str = "none"
+    """What is computed again in the backward pass: none, selective or full (align.models.recomputation)."""
 
     @property
     def tokens(self) -> int:
@@ -78,12 +78,19 @@ def per_token(shapes: Shapes, width: Width, lora: LoraSettings | None = None, *,
 
 
 def kept(shapes: Shapes, one: Pass, width: Width, lora: LoraSettings | None = None) -> float:
-    """Bytes that a forward pass leaves for the backward pass. With checkpoints only the input of each block (h) is
-    left, and one block is whole while it is computed again (Chen et al. 2016)."""
+    """Bytes that a forward pass leaves for the backward pass. Where activations are computed again, only the input of
+    each block (h) is left, and what `selective` keeps; and one block is whole at a time."""
     whole = per_token(shapes, width, lora, packed=one.packed)
-    if one.checkpointed:
-        whole = shapes.layers * shapes.hidden * width.stream + whole / shapes.layers
+    if one.recomputes != "none":
+        dear = results(shapes, lora) * width.compute if one.recomputes == "selective" else 0
+        whole = shapes.layers * shapes.hidden * width.stream + dear + (whole - dear) / shapes.layers
     return one.tokens * whole
+
+
+def results(shapes: Shapes, lora: LoraSettings | None) -> int:
+    """Numbers that all matrix products and attention layers give for one token; attention one more per head."""
+    adapters = sum(lora.rank + outer for *_, outer in shapes.adapted(lora)) if lora else 0
+    return sum(outer for *_, outer in shapes.linears) + adapters + shapes.layers * (shapes.queries + shapes.heads)
 
 
 def holes(shapes: Shapes, one: Pass, width: Width, lora: LoraSettings) -> float:
@@ -95,7 +102,7 @@ def holes(shapes: Shapes, one: Pass, width: Width, lora: LoraSettings) -> float:
         2
         * width.compute
         * sum(one.tokens * outer for outer in outputs if one.tokens * outer * width.compute < MMAP_THRESHOLD)
-        / (shapes.layers if one.checkpointed else 1)
+        / (shapes.layers if one.recomputes == "full" else 1)
     )
 
 

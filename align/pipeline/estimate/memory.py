@@ -93,6 +93,14 @@ def trained_numbers(model: Held, shapes: Shapes) -> int:
     return 0
 
 
+def narrow_numbers(model: Held, shapes: Shapes) -> int:
+    """How many trained numbers of a model have moments in 8 bits."""
+    if model.moments_8bit == "none":
+        return 0
+    wide = shapes.embedding if model.moments_8bit == "layers" and model.trained == "all" else 0
+    return trained_numbers(model, shapes) - wide
+
+
 def frozen_bytes(model: Held, shapes: Shapes, size: int) -> float:
     """Bytes of the numbers of a model that are not trained, `size` bytes each where they are not in NF4."""
     if model.trained == "all":
@@ -121,8 +129,9 @@ class _Process:
         size = self.compute if self.strategy.engine == "deepspeed" or model.is_rounded else 4
         trained, frozen = trained_numbers(model, shapes), frozen_bytes(model, shapes, size)
         block = max(shapes.largest, shapes.quantisable // shapes.layers)
-        on_gpu = self.device.is_gpu
-        found = states(self.strategy, processes, trained, frozen, compute=self.compute, largest=block, on_gpu=on_gpu)
+        on_gpu, narrow = self.device.is_gpu, narrow_numbers(model, shapes)
+        sizes = {"compute": self.compute, "largest": block, "narrow": narrow}
+        found = states(self.strategy, processes, trained, frozen, on_gpu=on_gpu, **sizes)
         if model.offloaded and on_gpu:
             return States(0, 0, 0, found.weights, host=found.weights)
         return found

@@ -10,15 +10,18 @@ from typing import Any, Protocol, runtime_checkable
 
 from align.data.load import load
 from align.job import Input, Job
-from align.pipeline.estimate.memory import CPU, Device, Memory, memory, trained_numbers
+from align.pipeline.estimate.memory import CPU, Device, Memory, memory, narrow_numbers, trained_numbers
 from align.pipeline.estimate.shapes import Counter, Shapes
 from align.pipeline.estimate.strategies import STRATEGIES, checkpoint_bytes, chosen
 from align.pipeline.estimate.workload import Lengths, Workload
 from align.pipeline.graph import Node
 from align.pipeline.plan import Plan
 from align.recipe.spec import named
-from align.recipe.training_settings import LoraSettings, TrainingSettings
+from align.recipe.training_settings import LoraSettings
 
+MARGIN = 0.85
+"""Share of a device that an estimate may fill for `gradient_checkpointing: auto` to leave it at none: estimates are up
+to 15% too low (docs/memory_estimate.md)."""
 METHODS = ("full", "lora", "qlora")
 WITHOUT_NF4 = ("zero3", "zero3-offload", "zero3-nvme", "fsdp")
 """Strategies that divide weights, which 4-bit ones cannot be."""
@@ -88,12 +91,18 @@ class Known:
     ) -> Estimate:
         """With other settings, strategy or number of processes than its own, if given."""
         config = self.config if config is None else config
+        if getattr(config, "gradient_checkpointing", None) == "auto":
+            one = with_gradient_checkpointing(config, "none")
+            without = self.estimate(device, config=one, strategy=strategy, processes=processes)
+            fits = device.memory is None or without.memory.peak <= MARGIN * device.memory
+            config = one if fits else with_gradient_checkpointing(config, "full")
         own_processes, own_strategy = chosen(self.launch)
         strategy, processes = strategy or own_strategy, processes or own_processes
         work: Workload = named(self.workload)(config, self.inputs, self.lengths, processes, self.evaluation)
         compute = _compute(config, device)
         found = memory(work, self.shapes, strategy=strategy, processes=processes, device=device, compute=compute)
         trained = {model.role: trained_numbers(model, self.shapes[model.source]) for model in work.models}
+        narrow = sum(narrow_numbers(model, self.shapes[model.source]) for model in work.models)
         first = work.models[0]
         shapes = self.shapes[first.source]
         parameters = shapes.parameters if first.has_head else shapes.backbone + shapes.hidden
@@ -106,7 +115,7 @@ class Known:
             trained[first.role],
             work,
             found,
-            checkpoint=checkpoint_bytes(STRATEGIES[strategy], sum(trained.values()), compute),
+            checkpoint=checkpoint_bytes(STRATEGIES[strategy], sum(trained.values()), compute, narrow),
             artifact=4 * (parameters + adapter),
         )
 
@@ -142,10 +151,14 @@ class Known:
         }
 
 
+def with_gradient_checkpointing(config: Any, how: str) -> Any:
+    """The settings of a stage with another `gradient_checkpointing`."""
+    return config.model_copy(update={"gradient_checkpointing": how})
+
+
 def _compute(config: Any, device: Device) -> int:
-    """Bytes of a number in the passes. Stages on TRL compute in bfloat16 on a GPU only."""
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.is_gpu)
-    return 2 if bfloat16 and (device.is_gpu or not isinstance(config, TrainingSettings)) else 4
+    """Bytes of a number in the passes."""
+    return 2 if config.precision in {"bfloat16", "float16"} or (config.precision == "auto" and device.is_gpu) else 4
 
 
 class Estimator:

@@ -15,6 +15,8 @@ from typing import Any
 
 MOMENTS = 8
 """Bytes of AdamW's two moments of a number, float32."""
+MOMENTS_8BIT = 2 + 2 * 4 / 256
+"""In 8 bits, each with a float32 scale for every 256 (Dettmers et al. 2022)."""
 MASTER = 4
 """Bytes of a float32 weight: the one that DeepSpeed updates and rounds the others from."""
 BUCKET = 500_000_000
@@ -90,10 +92,12 @@ def states(
     *,
     compute: int,
     largest: int = 0,
+    narrow: int = 0,
     on_gpu: bool = True,
 ) -> States:
     """Of a model with `trained` numbers and `frozen` bytes that are not trained; passes compute in `compute` bytes.
-    `largest` is the number of numbers that are gathered together at least.
+    `largest` is the number of numbers that are gathered together at least, `narrow` that of those whose moments are in
+    8 bits.
 
     Example: 7.5 billion numbers on 64 GPUs in bfloat16 take 31.4, 16.6 and 1.9 GB with zero1, zero2 and zero3
     (ZeRO, figure 1; its ddp has 2-byte weights and a float32 copy, torch's has float32 weights and casts).
@@ -104,7 +108,7 @@ def states(
     bytes_of = {
         "weights": trained * size + frozen,
         "gradients": trained * size,
-        "optimiser": trained * (MOMENTS + (MASTER if has_master else 0)),
+        "optimiser": trained * (MOMENTS + (MASTER if has_master else 0)) - narrow * (MOMENTS - MOMENTS_8BIT),
     }
     here = dict.fromkeys(bytes_of, 0.0) | {"host": 0.0, "disk": 0.0}
     for name, amount in bytes_of.items():
@@ -113,7 +117,7 @@ def states(
     numbers = trained + frozen / size
     whole = bytes_of["weights"] + (here["weights"] if "weights" in strategy.divides else 0)
     if strategy.engine == "torch" and "weights" in strategy.divides:
-        # FSDP reduces a layer at a time; two neighbours of the largest size are whole, the second while the first computes.
+        # FSDP reduces a layer at a time; two neighbours are whole, the second fetched while the first computes.
         return States(**here, copies=(2 * min(largest, numbers) + min(largest, trained)) * compute, whole=whole)
     if not deepspeed:
         # ddp reduces gradients in flat buckets, which hold all of them once more and live as long as the model.
@@ -125,11 +129,11 @@ def states(
     return States(**here, copies=(lasting + passing) * compute, left=left, whole=whole)
 
 
-def checkpoint_bytes(strategy: Strategy, trained: int, compute: int) -> int:
+def checkpoint_bytes(strategy: Strategy, trained: int, compute: int, narrow: int = 0) -> int:
     """Of a checkpoint: float32 weights and moments. DeepSpeed writes the weights of the passes besides, where they are
     not divided."""
     again = strategy.engine == "deepspeed" and "weights" not in strategy.divides
-    return trained * (MASTER + MOMENTS + (compute if again else 0))
+    return round(trained * (MASTER + MOMENTS + (compute if again else 0)) - narrow * (MOMENTS - MOMENTS_8BIT))
 
 
 def _deepspeed_copies(

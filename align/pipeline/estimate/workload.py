@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from align.pipeline.estimate.activations import Pass
-from align.recipe.training_settings import LoraSettings, TrainingSettings
+from align.recipe.training_settings import LoraSettings, OptimSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class Held:
     """Whether it is only an adapter on the model before it in the list."""
     is_rounded: bool = False
     """Whether its frozen numbers are held in the dtype of the passes and not in float32."""
+    moments_8bit: str = "none"
+    """Of which trained numbers AdamW holds the moments in 8 bits: none, layers (transformers' trainer leaves the
+    embedding out) or all."""
     offloaded: bool = False
     """Whether it waits in main memory between its passes."""
 
@@ -96,9 +99,10 @@ class Workload:
     """Input that is opened once more after training: the reward stage samples from the policy it started from."""
 
 
-def trained_model(config: TrainingSettings, *, has_head: bool = True) -> Held:
+def trained_model(config: TrainingSettings, optim: OptimSettings, *, has_head: bool = True) -> Held:
     """The model that a stage on TRL trains."""
-    return Held("trained", "policy", "adapter" if config.lora else "all", has_head, config.lora)
+    moments = "layers" if optim.is_8bit else "none"
+    return Held("trained", "policy", "adapter" if config.lora else "all", has_head, config.lora, moments_8bit=moments)
 
 
 def trl_workload(
@@ -119,7 +123,7 @@ def trl_workload(
     per_process = max(1, config.batch_size // processes)
     micro = config.micro_batch_size or per_process
     width = lengths.longest(config.max_length, *parts)
-    one = Pass(micro * sequences_per_row, width, checkpointed=config.gradient_checkpointing)
+    one = Pass(micro * sequences_per_row, width, recomputes=config.gradient_checkpointing)
     steps = config.max_steps
     if steps is None and lengths.rows is not None:
         steps = max(1, math.ceil(lengths.rows * config.epochs / config.batch_size))

@@ -58,10 +58,16 @@ def test_adapters_keep_no_normalised_input_and_their_rank():
 
 def test_checkpoints_keep_the_blocks_inputs_and_one_block():
     """2 blocks of 8 numbers, and half of 340."""
-    one = Pass(3, 5, checkpointed=True)
+    one = Pass(3, 5, recomputes="full")
     assert kept(TINY, one, FLOAT32) == 15 * 4 * (16 + 170)
     assert kept(TINY, Pass(3, 5), FLOAT32) == 15 * 4 * 340
     assert passing(TINY, one, FLOAT32) == 15 * 4 * 20 * 4
+
+
+def test_selective_checkpoints_keep_the_results_of_products_too():
+    """Linear layers of a block give 8 + 4 + 4 + 8 + 20 + 20 + 8 = 72, attention 8 and one per head: 164 in two blocks.
+    Of the block that is whole at a time, only what is made again comes on top: half of 340 - 164."""
+    assert kept(TINY, Pass(3, 5, recomputes="selective"), FLOAT32) == 15 * 4 * (16 + 164 + 88)
 
 
 def test_logits_of_trl():

@@ -9,6 +9,7 @@ import pytest
 from align.job import Input
 from align.pipeline.estimate.activations import Pass
 from align.pipeline.estimate.memory import CONTEXT, PROCESS, Device, memory, trained_numbers
+from align.pipeline.estimate.stage import Known
 from align.pipeline.estimate.workload import Held, Lengths, Sampling, Step, Workload
 from align.recipe.training_settings import LoraSettings
 from stages.dpo.config import Config as Dpo
@@ -73,6 +74,16 @@ def test_after_training_weights_are_whole_and_while_ppo_samples_the_policys_are(
         work = Workload(models, [], [Sampling(1, 1, while_training=while_training)], 1, 1, 2)
         found = memory(work, {"policy": TINY}, strategy="zero3", processes=2, device=Device(2**30))
         assert found.phases["sampling"]["weights"] == 4 * numbers
+
+
+@pytest.mark.parametrize(("moments", "in_8_bits"), [("all", N), ("layers", N - 80)])
+def test_moments_in_8_bits(moments, in_8_bits):
+    """Two bytes and two float32 scales for every 256, 2.03125 in all; an embedding of 80 numbers that is left out has
+    8 each."""
+    held = Held("trained", "policy", "all", moments_8bit=moments)
+    work = Workload([held], [Step("trained", Pass(3, 5), "none")], [], 1, 1, 2)
+    found = memory(work, {"policy": TINY}).phases["training"]["optimiser"]
+    assert found == 2.03125 * in_8_bits + 8 * (N - in_8_bits)
 
 
 def test_vllm_gets_its_share_of_a_gpu():
@@ -178,3 +189,19 @@ def test_a_base_in_four_bits_is_whole_again_when_it_is_saved():
     trained = 2 * 3 * 140
     assert found.phases["training"]["weights"] == 1344 * 0.5625 + 480 + 4 * trained
     assert found.phases["saving"]["weights"] == 4 * N
+
+
+@pytest.mark.parametrize(("gibibytes", "how"), [(9.5, "none"), (9.4, "full")])
+def test_auto_recomputes_only_where_it_has_to(gibibytes, how):
+    """A long row needs 8.04 GiB: 85% of 9.5 GiB is 8.07 and of 9.4 GiB 7.99. The plan's estimate is that of the stage
+    with what it comes to."""
+    device, lengths = Device(round(gibibytes * 2**30)), Lengths(40, [[1_000_000, 40_000]])
+
+    def peak(gradient_checkpointing: str) -> float:
+        config = Sft(batch_size=8, max_length=2_000_000, gradient_checkpointing=gradient_checkpointing)
+        known = Known("sft", config, POLICY, {"policy": TINY}, lengths, EVALUATION, "stages.sft.memory:workload")
+        return known.estimate(device).memory.peak / 2**30
+
+    assert peak("none") == pytest.approx(8.037, abs=1e-3)
+    assert peak("full") < 6
+    assert peak("auto") == peak(how)
