@@ -17,6 +17,7 @@ from align.recipe.launch_settings import LaunchSettings, NodesSettings
 from align.recipe.load import Recipe
 from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.shipped import shipped_folder
+from align.recipe.training_settings import TrainingSettings
 from align.recipe.zero import nvme_folders, offload_devices, read_zero
 from align.records import write_text
 
