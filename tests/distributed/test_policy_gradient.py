@@ -134,6 +134,14 @@ def test_a_signal_in_one_process_stops_all_and_they_resume_exactly(name, pair: P
     assert pair.hash(stopped) == pair.hash(name)
 
 
+def test_what_fails_in_one_process_fails_in_both(pair: Pair):
+    """With its cause, so that both can save what they have; and weights that differ by a bit are refused."""
+    assert [one["gives up"] for one in pair.told] == ["RolloutError: the engine of process 1 gave up"] * 2
+    assert all(
+        "DistributedError: the critic's weights are not the same in all 2" in one["diverges"] for one in pair.told
+    )
+
+
 def test_a_checkpoint_of_two_processes_is_not_for_one(pair: Pair):
     error = run_stage("rloo left", pair.folder, pair.policy, pair.data)["error"]
     assert "its checkpoint of step 1 was written by 2 processes under ddp, and these are 1 process under ddp" in error
