@@ -103,10 +103,6 @@ def check_launches(nodes: Sequence[Node], recipe: Recipe) -> None:
 
 
 def _problems(node: Node, settings: RecipeSettings, launch: Launch) -> Iterator[Problem]:
-    # A stage that makes a model from nothing is small: one process whatever the recipe says.
-    if not node.spec.distributed and node.spec.inputs and not settings.launch.is_direct:
-        what = f"{node.spec.kind} trains in one process in this version, and `launch` asks for more"
-        yield Problem(node.name, what, "move `launch` into the stages that can: all but kto")
     for key, what in node.config.process_problems(launch.processes).items():
         yield Problem(f"{node.name}.{key}", what, "change it, or launch.processes")
     if launch.accelerate is not None and launch.processes % settings.nodes.count:

@@ -69,5 +69,6 @@ SPEC = StageSpec(
     data=Role.JUDGEMENTS,
     inputs={"policy": Slot(Kind.POLICY, defaults=("sft", "base"))},
     workload="stages.kto.memory:workload",
+    distributed=True,
     trainer_config="trl.trainer.dpo_config:DPOConfig",
 )

@@ -160,7 +160,6 @@ def test_several_processes_go_through_a_launcher(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["kto", "launch.processes=2"], "kto: kto trains in one process in this version, and `launch` asks for more"),
         (["ppo", "ppo.launch.processes=3"], "ppo.rollout.prompts: 512 prompts cannot be divided among 3 processes"),
         (["sft", "sft.launch.processes=3"], "sft.batch_size: batch_size 32 cannot be divided among 3 processes"),
         (["sft", "sft.launch={processes: 8, config: a.yaml}"], "config says how many processes there are"),

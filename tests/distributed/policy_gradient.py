@@ -6,7 +6,9 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 
 from align import ranks
 from align.context import Context, StopFlag
-from align.errors import AlignError
+from align.errors import AlignError, RolloutError
 from align.generation.engine import Samples
 from align.job import Input, Job
 from align.models.adapters import AdaptedBase
@@ -24,6 +26,7 @@ from align.models.roles import causal_role
 from align.models.value import critic_from_policy, shared_head
 from align.recipe.training_settings import LoraSettings, OptimSettings
 from align.training.masked import Processes
+from align.training.optimisers import check_replicas
 from stages import load_specs
 from stages.ppo.config import Config
 from stages.ppo.metrics import rollout_metrics
@@ -157,6 +160,32 @@ def run_stage(name: str, folder: Path, policy: Input, data: str, stops: bool = F
     return {"metrics": result.metrics, "handover": result.handover, "processes": ranks.size()}
 
 
+def one_gives_up() -> None:
+    """The last process's engine does."""
+    with ranks.failing_together(RolloutError):
+        if ranks.rank() == 1:
+            raise RolloutError("the engine of process 1 gave up")
+
+
+def one_diverges(policy: Input) -> None:
+    """A weight of the last process's critic moves by one bit."""
+    trainer = new_trainer({}, policy, Processes(ranks.total, ranks.highest))
+    check_replicas(trainer.models)
+    if ranks.rank() == 1:
+        bias = dict(trainer.models["critic"].named_parameters())["head.bias"]
+        bias.data.fill_(torch.finfo(torch.float32).smallest_normal)
+    check_replicas(trainer.models)
+
+
+def said(action: Callable[[], None]) -> str:
+    """What an action fails with."""
+    try:
+        action()
+    except AlignError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def main(folder: Path) -> None:
     """Everything, in turn."""
     ranks.join(120)
@@ -165,7 +194,7 @@ def main(folder: Path) -> None:
     for name in TRAINERS:
         target = folder / f"{name}-{process}"
         train(name, policy, target, Processes(ranks.total, ranks.highest), process, ranks.size())
-    told = {}
+    told: dict[str, Any] = {"gives up": said(one_gives_up), "diverges": said(partial(one_diverges, policy))}
     for name, (_, _, at) in STAGES.items():
         if at is not None:
             told[f"{name}, at first"] = run_stage(name, folder, policy, asked["data"], stops=True)

@@ -1,4 +1,4 @@
-"""sft, reward and dpo on two processes give what one process gives: losses, weights, and what is measured of them."""
+"""sft, reward, dpo and kto on two processes give what one gives: losses, weights, and what is measured of them."""
 
 from __future__ import annotations
 
