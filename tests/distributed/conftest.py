@@ -107,8 +107,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         for kind, strategy, lora in CASES
     ]
     for kind, strategy, lora in STOPPED:
-        stopped = {"name": f"{kind}-{strategy}-stopped", "kind": kind, "strategy": strategy}
-        stopped["settings"] = world.settings(kind, lora)
+        settings = world.settings(kind, lora)
+        name = f"{kind}-{strategy}-stopped"
+        stopped: dict[str, Any] = {"name": name, "kind": kind, "strategy": strategy, "settings": settings}
         cases += [{**stopped, "stop": 3, "log": "stopped"}, {**stopped, "log": "resumed"}]
     micro = world.settings("reward", micro_batch_size=1)
     cases.append({"name": "reward-ddp-micro", "kind": "reward", "strategy": "ddp", "settings": micro})

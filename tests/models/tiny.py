@@ -88,8 +88,9 @@ def model_input(folder: Path, kind: str = "policy", source: str = "start") -> In
 def save_foreign(folder: Path, pad: str | None) -> Path:
     """A model that align did not make: its tokenizer has no PAD, or EOS for one, and no embedding row to spare."""
     opened = new_opened()
-    rows = len(opened.tokenizer) - 1  # "<|pad|>" gets a new id beyond these, as in GPT-2's folder
-    vocabulary = json.loads(opened.tokenizer.backend_tokenizer.to_str())
+    tokenizer: Any = opened.tokenizer
+    rows = len(tokenizer) - 1  # "<|pad|>" gets a new id beyond these, as in GPT-2's folder
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary["added_tokens"] = [token for token in vocabulary["added_tokens"] if token["content"] != "<|pad|>"]
     ids = vocabulary["model"]["vocab"]
     del ids["<|pad|>"]
