@@ -48,7 +48,7 @@ def state_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All state, for safetensors: by the number of the parameter and the name of its state. Numbers that are no tensors
     become int64 ones."""
     return {
-        f"{index}.{name}": value.clone() if isinstance(value, Tensor) else torch.tensor(value)
+        f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
         for index, values in optimiser.state_dict()["state"].items()
         for name, value in _flat(values).items()
     }
@@ -68,4 +68,5 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= value if isinstance(value, dict) else {name: value}
-    return flat
+    # The table of an 8-bit number's values is one tensor for all weights, and safetensors wants each by itself.
+    return {name: value.clone() if name.startswith("qmap") else value for name, value in flat.items()}

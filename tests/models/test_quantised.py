@@ -317,14 +317,21 @@ def test_lost_weights_are_caught_by_the_probes(base, tmp_path):
         open_policy(model_input(tmp_path / "model"), "auto", quantise=NF4)
 
 
-def test_without_bitsandbytes_the_plan_says_what_to_install(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ("lora: {quantise: nf4}", "lora.quantise: nf4"),
+        ("optim: {kind: adamw-8bit, lr: 1}", "optim.kind: adamw-8bit"),
+    ],
+)
+def test_without_bitsandbytes_the_plan_says_what_to_install(settings, what, tmp_path, monkeypatch):
     """Found before anything runs: exit code 2, and the command that helps. None in sys.modules is Python's own way of
     saying that a package cannot be imported."""
     recipe = tmp_path / "align.yaml"
     (tmp_path / "rows.jsonl").write_text('{"prompt": "say hat", "response": "hat ."}\n' * 4)
-    recipe.write_text("data: rows.jsonl\nbase: {}\nsft: {lora: {quantise: nf4}}\n")
+    recipe.write_text(f"data: rows.jsonl\nbase: {{}}\nsft: {{{settings}}}\n")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError) as caught:
         make_plan(load_recipe(recipe, specs=load_specs()), ["sft"], tmp_path / "runs" / "run")
-    assert str(caught.value) == "sft.lora.quantise: nf4 needs bitsandbytes (pip install 'align-rlhf[quant]')"
+    assert str(caught.value) == f"sft.{what} needs bitsandbytes (pip install 'align-rlhf[quant]')"
     assert caught.value.exit_code == 2
