@@ -72,8 +72,6 @@ SEVERAL = tuple(
         ("zero2", "full", ("sft", "reward", "dpo")),
         ("zero3", "full", ("sft", "reward", "dpo")),
         ("ddp", "LoRA", ("sft",)),
-        ("zero2", "LoRA", ("reward",)),
-        ("zero3", "LoRA", ("dpo",)),
     )
     for stage in stages
 )
