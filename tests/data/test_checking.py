@@ -14,7 +14,7 @@ from tokenizers.normalizers import Lowercase
 from align.data.checking.check import Checked, Order, check, guess_role
 from align.data.checking.findings import SHOWN, Finding, Severity
 from align.data.checking.index import Index
-from align.data.checking.near import ALIKE, BINS, Near, signature
+from align.data.checking.near import BINS, Near, signature
 from align.data.checking.preferences import binomial_tail
 from align.data.checking.texts import is_card_number, personal_data, script
 from align.data.render import Renderer
@@ -163,12 +163,10 @@ def test_signatures_agree_in_the_share_of_runs_that_both_have() -> None:
     assert sum(shares) / len(shares) == pytest.approx(1 / 3, abs=0.048)
 
 
-def test_short_texts_are_estimated_as_well() -> None:
-    """Two texts of two runs, of which one is in both: a similarity of 1 / 3, whatever bins the runs fall into. Of 100
-    pairs none is estimated at 0.8, (0.8 - 1/3) / sqrt(1/3 * 2/3 / 32) = 5.6 standard errors above."""
-    for number in range(100):
-        a, b = (signature([f"the opposite of {number} is {word}"]) for word in ("dark", "heavy"))
-        assert sum(map(eq, a, b)) < ALIKE * BINS
+def test_short_texts_are_alike_if_their_words_are_the_same() -> None:
+    rows = ({"prompt": f"list three colors from gray{end}"} for end in (" green", "", " Green"))
+    result = checked(*rows, role=Role.PROMPTS)
+    assert found("near duplicate", result)[2] == ["3: nearly the same as a.jsonl:1"]
 
 
 def test_many_like_rows_are_each_compared_with_few() -> None:

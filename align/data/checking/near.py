@@ -11,7 +11,9 @@ from zlib import crc32
 from align.data.checking.index import Index
 
 RUN = 5
-"""Words that are hashed together; a shorter text is one run."""
+"""Words that are hashed together."""
+SHORT = 20
+"""Words of a text below which it is one run: a changed word in the middle of it would change a quarter of its runs."""
 BINS = 32
 """Hashes that are kept of each of the two parts of a row."""
 BANDS = 8
@@ -70,7 +72,7 @@ def signature(texts: Sequence[str]) -> list[int]:
     least = [NONE] * BINS
     for number, text in enumerate(texts):
         words = text.lower().split()
-        runs = zip(*(words[start:] for start in range(RUN)), strict=False) if len(words) > RUN else [words]
+        runs = zip(*(words[start:] for start in range(RUN)), strict=False) if len(words) >= SHORT else [words]
         for run in map(" ".join, runs):
             value = crc32(run.encode(), number) * MIX % NONE
             if value < least[value % BINS]:
