@@ -167,7 +167,8 @@ def leave_out_padding(body: Any) -> bool:
             return padded(input_ids, *args, **kwargs)
         valid = kwargs["attention_mask"]
         positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-        return BaseModelOutputWithPast(last_hidden_state=packed_states(padded, input_ids, valid, positions))
+        states: Any = packed_states(padded, input_ids, valid, positions)
+        return BaseModelOutputWithPast(last_hidden_state=states)
 
     body.forward = forward
     return True

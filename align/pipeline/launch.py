@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
     if said not in {None, False, "no", getattr(node.config, "precision", None)}:  # YAML reads `no` as false
         hint = f"remove it and set `{node.name}.precision`"
         yield Problem(f"{node.name}: mixed_precision", "the recipe says this", hint)
+    if config.get("distributed_type") in {"DEEPSPEED", "FSDP"}:
+        yield from _sharding_problems(node)
     if config.get("distributed_type") == "FSDP":
         yield from _fsdp_problems(node, config.get("fsdp_config") or {})
     if config.get("distributed_type") != "DEEPSPEED":
@@ -125,13 +128,6 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
         version("deepspeed")  # the folder `deepspeed/` would be found as a package of this name
     except PackageNotFoundError:
         yield Problem(f"{node.name}.launch", "DeepSpeed is not installed", "pip install 'align-rlhf[deepspeed]'")
-    if getattr(node.config, "precision", None) == "float16":
-        what = "DeepSpeed would hold the weights in float16 too, and round small updates away"
-        yield Problem(f"{node.name}.precision", what, "use bfloat16, or launch.strategy: ddp")
-    optim = getattr(node.config, "optim", None)
-    if optim is not None and optim.kind != "adamw":
-        what = f"{optim.kind} was never run on states that DeepSpeed divides"
-        yield Problem(f"{node.name}.optim.kind", what, "use adamw, whose moments `launch` divides or offloads")
     own = config.get("deepspeed_config") or {}
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         if own.get(key, "auto") != "auto":
@@ -146,6 +142,17 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
                 yield Problem(f"{node.name}.launch", f"{folder}: no such folder to move weights to", hint)
     for key, what in node.config.zero_problems(stage, offloads).items():
         yield Problem(f"{node.name}.{key}", what, "change it, or launch.strategy")
+
+
+def _sharding_problems(node: Node) -> Iterator[Problem]:
+    if getattr(node.config, "precision", None) == "float16":
+        what = "passes in float16 need a loss scale, which weights that are divided do not have here"
+        yield Problem(f"{node.name}.precision", what, "use bfloat16, or launch.strategy: ddp")
+    for key in ("optim", "critic.optim"):
+        optim: Any = reduce(lambda found, name: getattr(found, name, None), key.split("."), node.config)
+        if optim is not None and optim.kind != "adamw":
+            what = f"{optim.kind} was never run on states that are divided"
+            yield Problem(f"{node.name}.{key}.kind", what, "use adamw, whose moments `launch` divides or offloads")
 
 
 def _fsdp_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:

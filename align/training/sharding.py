@@ -70,7 +70,9 @@ def launched_with() -> dict[str, Any]:
 def _check_disk_access() -> None:
     from deepspeed.accelerator import get_accelerator
 
-    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
+    accelerator: Any = get_accelerator()
+
+    if not accelerator.create_op_builder("AsyncIOBuilder").is_compatible():
         what = "DeepSpeed moves weights to a disk with libaio, and a program that uses it cannot be built here"
         raise ConfigError(
             Problem("launch.strategy", what, "install libaio with its headers (libaio-dev) and a compiler")
