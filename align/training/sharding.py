@@ -71,7 +71,6 @@ def _check_disk_access() -> None:
     from deepspeed.accelerator import get_accelerator
 
     accelerator: Any = get_accelerator()
-
     if not accelerator.create_op_builder("AsyncIOBuilder").is_compatible():
         what = "DeepSpeed moves weights to a disk with libaio, and a program that uses it cannot be built here"
         raise ConfigError(

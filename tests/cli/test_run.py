@@ -167,8 +167,8 @@ def test_several_processes_go_through_a_launcher(here: Path) -> None:
         (["sft", "sft.launch.config=a.yaml"], "launch.config: not a readable accelerate config"),
         (["sft", "nodes.count=2"], "nodes.address: required for 2 machines"),
         (["sft", "launch.processes=2", "launch.strategy=zero3-nvme"], "/local_nvme: no such folder to move weights to"),
-        ([*ZERO, "sft.precision=float16"], "sft.precision: DeepSpeed would hold the weights in float16 too"),
-        ([*ZERO, "sft.optim.kind=adamw-8bit"], "sft.optim.kind: adamw-8bit was never run on states that DeepSpeed"),
+        ([*ZERO, "sft.precision=float16"], "sft.precision: passes in float16 need a loss scale"),
+        ([*ZERO, "sft.optim.kind=adamw-8bit"], "sft.optim.kind: adamw-8bit was never run on states that are divided"),
     ],
 )
 def test_processes_that_cannot_be_are_refused_before_anything_starts(here: Path, arguments, message) -> None:

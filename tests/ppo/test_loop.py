@@ -312,12 +312,13 @@ def test_an_overflow_in_float16_is_no_step_and_halves_the_scale(tiny, tmp_path):
     """The first gradient of the actor overflows, and only that. The critic's is as it should be: a step for each, with
     a scale for both."""
     loop = make_loop(tiny, tmp_path, make_config(precision="float16", rollouts=1, epochs=1))
-    trainer, loop.trainer.scaler = loop.trainer, torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    trainer = loop.trainer
+    trainer.scaler.load_state_dict(torch.amp.GradScaler("cpu", init_scale=2.0**10).state_dict())
     actor, critic = (list(role.parameters())[-1] for role in trainer.models.values())
     before, overflows = (actor.detach().clone(), critic.detach().clone()), iter([float("inf")])
     actor.register_hook(lambda gradient: gradient * next(overflows, 1.0))
     seen = []
-    trainer.optimisers["critic"].register_step_post_hook(
+    trainer.optimisers["critic"].adamw.register_step_post_hook(
         lambda *_: seen.append((torch.equal(actor, before[0]), torch.equal(critic, before[1])))
     )
     loop.run()
