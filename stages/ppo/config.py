@@ -234,7 +234,7 @@ class Config(Settings):
                 "lora.quantise": ("4-bit weights cannot be parted (ZeRO-3)", bool(lora and lora.quantise)),
                 "gradient_checkpointing": (
                     "frozen weights that are in parts cannot be computed with again (ZeRO-3 with LoRA)",
-                    self.gradient_checkpointing and lora is not None,
+                    self.gradient_checkpointing != "none" and lora is not None,
                 ),
                 "rollout.round_tokens": (together, rollout.round_tokens is not None),
                 "rollout.overlap": (together, rollout.overlap),

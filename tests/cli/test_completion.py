@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch) -> None:
         ("ppo.reward", ["ppo.reward="]),
         ("ppo.optim.e", ["ppo.optim.eps="]),
         ("evaluation.go", ["evaluation.gold="]),
-        ("ppo.precision=", ["ppo.precision=auto", "ppo.precision=float32", "ppo.precision=bfloat16"]),
+        ("ppo.precision=f", ["ppo.precision=float32", "ppo.precision=float16"]),
         ("ppo.whiten_advantages=t", ["ppo.whiten_advantages=true"]),
         ("ppo.rollouts=", []),
         ("nothing.", []),

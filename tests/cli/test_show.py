@@ -43,7 +43,7 @@ def test_every_kind_is_documented(kind):
 def test_a_setting_has_type_default_and_documentation():
     output = show("ppo")
     assert "ppo.kl.coef  number, at least 0  = 0.05\n    Weight beta of the KL." in output
-    assert "ppo.precision  auto | float32 | bfloat16  = auto" in output
+    assert "ppo.precision  auto | float32 | bfloat16 | float16  = auto" in output
     assert "ppo.optim.betas  list of 2 (number, at least 0, at most 1)  = [0.9, 0.999]" in output
     assert "ppo.data.path  text or list of (text) or null  = null" in output
     assert "model.path  text  = (required)" in show("recipe")
