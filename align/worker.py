@@ -34,7 +34,7 @@ from align.pipeline.estimate.auto import Decision, decide, is_auto
 from align.pipeline.estimate.memory import Device
 from align.pipeline.folders import LOG, RECORD, RECORD_SCHEMA, Order, content, read_order, write_failure
 from align.pipeline.graph import wanted_launch
-from align.pipeline.processes import die_with_parent
+from align.pipeline.processes import die_with_parent, end
 from align.pipeline.runner import order_stage
 from align.recipe.launch_settings import LaunchSettings
 from align.recipe.load import load_recipe
@@ -311,4 +311,4 @@ def _log(directory: Path | None, exit_code: int, message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))

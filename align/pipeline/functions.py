@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -45,11 +46,15 @@ def module_file(name: str, where: str) -> Path:
     """The source file of a dotted module, without importing it. The current folder counts, as in a worker."""
     top, *rest = name.split(".")
     spec = PathFinder.find_spec(top, [str(Path.cwd())]) or importlib.util.find_spec(top)
-    for depth in range(len(rest)):
+    folders = [str(Path.cwd()), *sys.path]
+    for part in rest:
         if spec is None or spec.submodule_search_locations is None:
             break
-        full = ".".join([top, *rest[: depth + 1]])
-        spec = PathFinder.find_spec(full, list(spec.submodule_search_locations))
+        if spec.origin is None:  # a folder without __init__.py; what the spec says needs its parent to be imported
+            folders = [str(Path(folder) / spec.name) for folder in folders]
+        else:
+            folders = list(spec.submodule_search_locations)
+        spec = PathFinder.find_spec(part, folders)
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         places = "the current folder or among the installed packages"
         raise ConfigError(Problem(where, f"no module {name!r}", f"it is looked for in {places}"))

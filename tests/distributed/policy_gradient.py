@@ -24,6 +24,7 @@ from align.models.adapters import AdaptedBase
 from align.models.opened import open_policy
 from align.models.roles import causal_role
 from align.models.value import critic_from_policy, shared_head
+from align.pipeline.processes import end
 from align.recipe.training_settings import LoraSettings, OptimSettings
 from align.training.masked import Processes
 from align.training.optimisers import check_replicas
@@ -214,3 +215,4 @@ def prepare(folder: Path, data: str) -> Input:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end(0)

@@ -22,6 +22,7 @@ from align.job import Input
 from align.models.opened import open_as_reward
 from align.models.partitioned import whole
 from align.pipeline.launch import FSDP
+from align.pipeline.processes import end
 from align.recipe.shipped import shipped_folder
 from align.recipe.training_settings import TrainingSettings
 from align.training.sharding import loading
@@ -100,3 +101,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end(0)

@@ -125,3 +125,4 @@ def tell(folder: Path, log: str, said: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end(0)

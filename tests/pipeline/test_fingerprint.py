@@ -127,6 +127,9 @@ def test_a_gold_module_is_found_without_being_imported(here: Path) -> None:
     (here / "pack" / "inner.py").write_text("raise RuntimeError('imported')")
     assert module_file("pack.inner", "here") == here / "pack" / "inner.py"
     assert module_file("align.records", "here").name == "records.py"
+    (here / "bare" / "deeper").mkdir(parents=True)
+    (here / "bare" / "deeper" / "leaf.py").touch()
+    assert module_file("bare.deeper.leaf", "here") == here / "bare" / "deeper" / "leaf.py"
     with pytest.raises(ConfigError, match=r"no module 'pack\.none'"):
         module_file("pack.none", "here")
     with pytest.raises(ConfigError, match="no module 'nowhere'"):
