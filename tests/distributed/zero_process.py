@@ -20,6 +20,7 @@ from align import ranks
 from align.context import Context, StopFlag
 from align.errors import AlignError, NumericError
 from align.job import Input, Job
+from align.pipeline.processes import end
 from align.training.masked import Processes
 from align.training.zero import new_optimiser
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
