@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from align import ranks
 from align.context import Context, StopFlag
@@ -37,14 +38,14 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     use(strategy)
     mine = MINE[ranks.rank()]
     settings = {"new_optimiser": new_optimiser, "processes": Processes(ranks.total, ranks.highest)}
-    trainer = new_trainer(new_roles(variant, strategy == "zero3"), **settings)
+    trainer = new_trainer(new_roles(variant, strategy), **settings)
     metrics = train(trainer, mine, range(ROLLOUTS - 1))
-    held = {name: sum(one.numel() for one in role.module.parameters()) for name, role in roles_of(trainer).items()}
+    held = {name: sum(held_of(one) for one in role.module.parameters()) for name, role in roles_of(trainer).items()}
     context = new_context(folder, "checkpoints", {})
     save_checkpoint(context, trainer, None, load_checkpoint(context, trainer)[1], ROLLOUTS - 1, 1, {"zero": strategy})
     metrics += train(trainer, mine, range(ROLLOUTS - 1, ROLLOUTS))
 
-    again = new_trainer(new_roles(variant, strategy == "zero3"), **settings)
+    again = new_trainer(new_roles(variant, strategy), **settings)
     done, _ = load_checkpoint(context, again, None, {"zero": strategy})
     repeated = train(again, mine, range(done, ROLLOUTS))
     trained = weights(trainer)
@@ -66,6 +67,11 @@ def is_refused(trainer: Any, mine: list[int], before: dict[str, Tensor]) -> bool
         same = all(torch.equal(before[name], one) for name, one in weights(trainer).items())
         return same and "the actor's gradient norm is" in str(error)
     return False
+
+
+def held_of(weight: Any) -> int:
+    """Numbers that this process has of a weight."""
+    return (weight.to_local() if isinstance(weight, DTensor) else weight).numel()
 
 
 def roles_of(trainer: Any) -> dict[str, Any]:
