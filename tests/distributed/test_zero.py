@@ -25,8 +25,8 @@ WEIGHTS = 1e-5
 METRICS = 5e-5
 """And of those between metrics, relative or absolute. Measured: 5e-6."""
 STRATEGIES = ("ddp", "zero2", "zero3")
-STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")]
-STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora")]
+STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")] + [("fsdp", "full")]
+STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora"), ("fsdp", "full")]
 OPTIM = {"lr": 1e-3, "eps": 1e-5}
 SETTINGS: dict[str, Any] = {
     "rollouts": 3,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -100,6 +101,7 @@ def run_stage(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """What this process has to say of a whole stage."""
     use(case["strategy"])
     AcceleratorState._reset_state()  # it is made once per process, and would be of the first case
+    PartialState().distributed_type = DistributedType.MULTI_CPU
     inputs = {name: Input(**given) for name, given in case["inputs"].items()}
     context = new_context(folder, "ppo", inputs, **case["settings"])
     if "stop" in case and ranks.rank() == ranks.size() - 1:
