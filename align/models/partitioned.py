@@ -17,8 +17,8 @@ HELD = "align"
 
 
 def is_partitioned(parameter: Any) -> bool:
-    """Whether DeepSpeed has taken a parameter over, whose memory is DeepSpeed's also while it is whole; or FSDP has, and
-    it is in parts."""
+    """Whether DeepSpeed has taken a parameter over, whose memory is then DeepSpeed's also while it is whole; or FSDP
+    has, and it is in parts."""
     return hasattr(parameter, "ds_id") or isinstance(parameter, DTensor)
 
 
@@ -53,10 +53,12 @@ def _unsharded(model: nn.Module) -> Iterator[None]:
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    yield
-    for unit in units:
-        unit.set_reshard_after_forward(unit is not units[0], recurse=False)  # the first is the root
-        unit.reshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not units[0], recurse=False)  # the first is the root
+            unit.reshard()
 
 
 def make_whole(model: nn.Module) -> None:

@@ -13,7 +13,6 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -54,10 +53,12 @@ def shard(role: Role) -> Role:
 
     @contextmanager
     def switch() -> Iterator[None]:
-        with role.active():
-            yield
-        if isinstance(root, FSDPModule):
-            root.reshard()
+        try:
+            with role.active():
+                yield
+        finally:
+            if isinstance(root, FSDPModule):
+                root.reshard()
 
     return replace(role, body=_Body(root, role.body), switch=switch)
 

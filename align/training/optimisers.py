@@ -118,7 +118,7 @@ def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
             gradient.copy_(total.view_as(gradient))
 
 
-def clip_shares(gradients: Sequence[Tensor], max_norm: float) -> float:
+def clip_shares(gradients: list[Tensor], max_norm: float) -> float:
     """Clips the shares that this process has of gradients by the norm of the whole, which is returned."""
     squares = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
     norm = float(ranks.total(squares).sqrt())

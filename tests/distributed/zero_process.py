@@ -1,4 +1,4 @@
-"""One process of those that train roles of PPO under DeepSpeed: `torchrun zero_process.py FOLDER`.
+"""One process of those that train roles of PPO under DeepSpeed or FSDP: `torchrun zero_process.py FOLDER`.
 
 Started by test_zero.py. FOLDER/cases.json says what stages to run; each process leaves what it has to say in FOLDER.
 """
