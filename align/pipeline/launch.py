@@ -165,7 +165,7 @@ def _fsdp_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(f"{where}.fsdp_state_dict_type", "each process saves its own part", "set SHARDED_STATE_DICT")
     if getattr(node.config, "quantise", None):
         yield Problem(f"{node.name}.lora.quantise", "FSDP cannot shard weights in 4 bits", "use another strategy")
-    for key, what in node.config.fsdp_problems().items():
+    for key, what in node.config.fsdp_problems(bool(config.get("fsdp_offload_params"))).items():
         yield Problem(f"{node.name}.{key}", what, "change it, or launch.strategy")
 
 

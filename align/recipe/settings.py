@@ -46,8 +46,8 @@ class Settings(BaseModel):
         a disk, by dotted key."""
         return {}
 
-    def fsdp_problems(self) -> dict[str, str]:
-        """What is wrong with these settings under FSDP, by dotted key."""
+    def fsdp_problems(self, offloads: bool) -> dict[str, str]:
+        """What is wrong with these settings under FSDP, which may move shares to main memory, by dotted key."""
         return {}
 
 

@@ -219,24 +219,26 @@ class Config(Settings):
         """As `Settings.zero_problems`."""
         if stage == 0:
             return {}
-        problems = self._shared_head_problems("ZeRO")
-        if offloads:
-            problems["launch"] = "shares cannot be moved to main memory or a disk in this stage"
+        problems = self._shares_problems("ZeRO", offloads)
         if stage == 3:
             problems |= self._parts_problems("ZeRO-3")
-            if self.gradient_checkpointing and self.lora is not None:
+            if self.gradient_checkpointing != "none" and self.lora is not None:
                 what = "frozen weights that are in parts cannot be computed with again (ZeRO-3 with LoRA)"
                 problems["gradient_checkpointing"] = what
         return problems
 
-    def fsdp_problems(self) -> dict[str, str]:
+    def fsdp_problems(self, offloads: bool) -> dict[str, str]:
         """As `Settings.fsdp_problems`."""
-        return self._shared_head_problems("FSDP") | self._parts_problems("FSDP")
+        return self._shares_problems("FSDP", offloads) | self._parts_problems("FSDP")
 
-    def _shared_head_problems(self, how: str) -> dict[str, str]:
+    def _shares_problems(self, how: str, offloads: bool) -> dict[str, str]:
+        """What is not done with optimisers of which each process has a share."""
+        problems = {}
+        if offloads:
+            problems["launch"] = "shares cannot be moved to main memory or a disk in this stage"
         if self.has_critic and self.critic.kind == "shared-head":
-            return {"critic.kind": f"a head on the actor's own states cannot be trained under {how}"}
-        return {}
+            problems["critic.kind"] = f"a head on the actor's own states cannot be trained under {how}"
+        return problems
 
     def _parts_problems(self, how: str) -> dict[str, str]:
         """What is not done with weights of which each process has a part."""

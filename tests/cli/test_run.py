@@ -225,8 +225,11 @@ def test_an_fsdp_config_that_cannot_be_is_refused_by_key(here: Path) -> None:
     assert "sft: fsdp_config.fsdp_version: version 2 is needed" in err
     assert "sft: fsdp_config.fsdp_state_dict_type: each process saves its own part" in err
     assert "fsdp_activation_checkpointing: the recipe says this (remove it and set `sft.gradient_checkpointing`)" in err
-    (here / "accelerate.yaml").write_text("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2}\n")
+    config = "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2, fsdp_offload_params: true}\n"
+    (here / "accelerate.yaml").write_text(config)
     align(here, "plan", "sft", "sft.launch.config=accelerate.yaml")
+    _, err = align(here, "plan", "ppo", "ppo.launch.config=accelerate.yaml", code=2)
+    assert "ppo.launch: shares cannot be moved to main memory" in err
 
 
 def test_machines_that_meet_are_told_who_is_host(here: Path) -> None:
