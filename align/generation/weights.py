@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from align.models.lora import without_wrapper
-from align.models.partitioned import is_partitioned, whole
+from align.models.partitioned import full, is_partitioned, whole
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 """The name of a layer, at the start of a weight's."""
@@ -75,7 +75,7 @@ def _weights_of(prefix: str, module: Any) -> Iterator[Weight]:
 
 
 def _plain(name: str, parameter: nn.Parameter) -> Weight:
-    return Weight(name, parameter, parameter.detach, True, (parameter,))
+    return Weight(name, parameter, lambda: full(parameter.detach()), True, (parameter,))
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ class HandOver:
 
 def _may_share(parameter: Tensor, target: Tensor) -> bool:
     """A parameter in memory of somebody else's stays there: DeepSpeed's optimiser writes to the buffers that it has put
-    parameters into (ZeRO-1 and 2) or parts of them (ZeRO-3), and the engine would not see it."""
+    parameters into (ZeRO-1 and 2) or parts of them (ZeRO-3, FSDP), and the engine would not see it."""
     is_its_own = not is_partitioned(parameter) and parameter.untyped_storage().nbytes() == parameter.nbytes
     same = parameter.dtype == target.dtype and parameter.device == target.device
     fits = parameter.shape == target.shape and target.is_contiguous() and not target.is_inference()

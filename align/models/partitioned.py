@@ -1,4 +1,4 @@
-"""Parameters of which each process holds a part (DeepSpeed's ZeRO-3): made whole, a few at a time."""
+"""Parameters of which each process holds a part (DeepSpeed's ZeRO-3, FSDP): made whole, a few at a time."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 HELD = "align"
 """Stands among the modules that use a parameter: DeepSpeed does not part with one that is in use."""
 
 
 def is_partitioned(parameter: Any) -> bool:
-    """Whether DeepSpeed has taken a parameter over. Its memory is DeepSpeed's, also while it is whole."""
-    return hasattr(parameter, "ds_id")
+    """Whether DeepSpeed has taken a parameter over, whose memory is then DeepSpeed's also while it is whole; or FSDP
+    has, and it is in parts."""
+    return hasattr(parameter, "ds_id") or isinstance(parameter, DTensor)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of what FSDP has in parts: all processes come here. Anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
@@ -24,7 +32,8 @@ def whole_model(model: nn.Module) -> Iterator[None]:
     """Inside, all parameters of a model are whole, and each process may call it by itself. All processes come here."""
     parted = _parted(model.parameters())
     if not parted:
-        yield
+        with _unsharded(model):
+            yield
         return
     import deepspeed  # optional
 
@@ -37,8 +46,23 @@ def whole_model(model: nn.Module) -> Iterator[None]:
                 one.ds_active_sub_modules.clear()  # a pass that was computed again leaves some behind
 
 
+@contextmanager
+def _unsharded(model: nn.Module) -> Iterator[None]:
+    """Inside, what FSDP has in parts is whole, and passes leave it so."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not units[0], recurse=False)  # the first is the root
+            unit.reshard()
+
+
 def make_whole(model: nn.Module) -> None:
-    """Makes all parameters of a model whole, for good. All processes come here."""
+    """Makes all parameters of a model that DeepSpeed parted whole, for good. All processes come here."""
     parted = _parted(model.parameters())
     if parted:
         import deepspeed  # optional
@@ -95,8 +119,8 @@ def parts_hash(model: torch.nn.Module) -> str:
 
 
 def _parted(parameters: Iterable[Any]) -> list[Any]:
-    """Those that are not whole now."""
-    return [one for one in parameters if is_partitioned(one) and one.numel() < one.ds_numel]
+    """Those of DeepSpeed that are not whole now."""
+    return [one for one in parameters if hasattr(one, "ds_id") and one.numel() < one.ds_numel]
 
 
 def _hold(parameters: Iterable[Any]) -> None:

@@ -40,13 +40,13 @@ def critic_from_reward(reward: Input, tokenizer: PreTrainedTokenizerBase, dtype:
     model = load_reward(reward, tokenizer, dtype)
     head = ValueHead(model.score.weight.shape[1])
     head.start_from(model.score.weight, getattr(model.config, OFFSET_FIELD, 0.0))
-    return _separate(model.base_model, head)
+    return separate_critic(model.base_model, head)
 
 
 def critic_from_policy(policy: Input, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Role:
     """A critic of its own on the policy's backbone, 0 everywhere at first."""
     model = load_policy(policy, tokenizer, dtype)
-    return _separate(model.base_model, ValueHead(model.get_output_embeddings().weight.shape[1]))
+    return separate_critic(model.base_model, ValueHead(model.get_output_embeddings().weight.shape[1]))
 
 
 def shared_head(actor: Role) -> Role:
@@ -59,5 +59,17 @@ def shared_head(actor: Role) -> Role:
     return Role(actor.module, actor.body, head, actor.width, actor.active, trained)
 
 
-def _separate(body: Any, head: ValueHead) -> Role:
-    return Role(nn.ModuleDict({"body": body, "head": head}).train(), body, head, head.weight.shape[1])
+def separate_critic(body: Any, head: ValueHead) -> Role:
+    """A critic with a body of its own."""
+    return Role(_Critic(body, head).train(), body, head, head.weight.shape[1])
+
+
+class _Critic(nn.Module):
+    """A body and its head. FSDP shards no container without a forward pass."""
+
+    def __init__(self, body: nn.Module, head: ValueHead):
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, **arguments: Any) -> Tensor:
+        return self.head(self.body(**arguments).last_hidden_state)

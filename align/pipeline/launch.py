@@ -18,7 +18,6 @@ from align.recipe.launch_settings import LaunchSettings, NodesSettings
 from align.recipe.load import Recipe
 from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.shipped import shipped_folder
-from align.recipe.training_settings import TrainingSettings
 from align.recipe.zero import nvme_folders, offload_devices, read_zero
 from align.records import write_text
 
@@ -156,8 +155,6 @@ def _sharding_problems(node: Node) -> Iterator[Problem]:
 
 
 def _fsdp_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
-    if not isinstance(node.config, TrainingSettings):
-        yield Problem(f"{node.name}.launch", f"{node.spec.kind} is not trained under FSDP", "use ddp, zero2 or zero3")
     where = f"{node.name}: fsdp_config"
     if config.get("fsdp_version") != FSDP["fsdp_version"]:
         yield Problem(f"{where}.fsdp_version", "version 2 is needed", "set `fsdp_version: 2`")
@@ -168,6 +165,8 @@ def _fsdp_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(f"{where}.fsdp_state_dict_type", "each process saves its own part", "set SHARDED_STATE_DICT")
     if getattr(node.config, "quantise", None):
         yield Problem(f"{node.name}.lora.quantise", "FSDP cannot shard weights in 4 bits", "use another strategy")
+    for key, what in node.config.fsdp_problems(bool(config.get("fsdp_offload_params"))).items():
+        yield Problem(f"{node.name}.{key}", what, "change it, or launch.strategy")
 
 
 def _own(nodes: NodesSettings, launch: LaunchSettings) -> dict[str, Any]:

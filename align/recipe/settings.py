@@ -46,6 +46,10 @@ class Settings(BaseModel):
         a disk, by dotted key."""
         return {}
 
+    def fsdp_problems(self, offloads: bool) -> dict[str, str]:
+        """What is wrong with these settings under FSDP, which may move shares to main memory, by dotted key."""
+        return {}
+
 
 def execution(default: Any, *, file: bool = False, **constraints: Any) -> Any:
     """A field that cannot change the result: left out of the fingerprint. `file`: it is a local path."""

@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 
 from align import ranks
 from align.errors import DistributedError
+from align.models.partitioned import is_partitioned
 from align.models.roles import Role
 from align.recipe.training_settings import OptimSettings
 from align.training.adamw import new_adamw, restore_state, state_tensors
@@ -117,12 +118,23 @@ def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
             gradient.copy_(total.view_as(gradient))
 
 
+def clip_shares(gradients: list[Tensor], max_norm: float) -> float:
+    """Clips the shares that this process has of gradients by the norm of the whole, which is returned."""
+    squares = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
+    norm = float(ranks.total(squares).sqrt())
+    if norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
+    return norm
+
+
 def check_replicas(roles: Mapping[str, Role]) -> None:
-    """Raises DistributedError when the processes do not train one and the same model, to the last bit."""
+    """Raises DistributedError when the processes do not train one and the same model, to the last bit. What is
+    partitioned is not compared."""
     if ranks.size() == 1:
         return
     for name, role in roles.items():
-        bits = torch.stack([_sum_of_bits(parameter) for parameter in role.parameters()])
+        whole = [parameter for parameter in role.parameters() if not is_partitioned(parameter)]
+        bits = torch.stack([torch.zeros((), dtype=torch.int64, device=role.device), *map(_sum_of_bits, whole)])
         if not torch.equal(ranks.highest(bits), -ranks.highest(-bits)):
             raise DistributedError(
                 f"the {name}'s weights are not the same in all {ranks.size()} processes: other machines or library "

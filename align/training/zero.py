@@ -16,13 +16,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor
 
 from align import ranks
 from align.models.partitioned import is_partitioned, whole_model
 from align.models.roles import Role
 from align.recipe.training_settings import OptimSettings
 from align.training.adamw import new_adamw
-from align.training.optimisers import BUCKET, DataParallelAdamW, Optimiser
+from align.training.fsdp import FsdpAdamW
+from align.training.optimisers import BUCKET, DataParallelAdamW, Optimiser, clip_shares
 from align.training.sharding import launched_with
 
 SCORE = "score"
@@ -35,8 +37,10 @@ def zero_stage() -> int:
 
 
 def new_optimiser(role: Role, settings: OptimSettings, scaler: GradScaler) -> Optimiser:
-    """The optimiser of a role as the launcher was told. Under ZeRO-3 adapters are whole in every process, and so is
-    their optimiser: only their base is sharded."""
+    """The optimiser of a role as the launcher was told. Under ZeRO-3 and FSDP adapters are whole in every process, and
+    so is their optimiser."""
+    if isinstance(next(role.parameters()), DTensor):
+        return FsdpAdamW(role, settings)
     stage = zero_stage()
     if stage == 0 or (stage == 3 and role.trained is not None):
         return DataParallelAdamW(role, settings, scaler)
@@ -71,11 +75,7 @@ class ZeroAdamW:
         else:
             self.sharded.finalize_gradient_accumulation_boundary()
         gradients = [gradient for group in self.sharded.averaged_gradients.values() for gradient in group]
-        squares = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
-        norm = float(ranks.total(squares).sqrt())
-        if norm > max_norm:
-            torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
-        return norm
+        return clip_shares(gradients, max_norm)
 
     def step(self) -> None:
         self.engine.step()

@@ -219,26 +219,39 @@ class Config(Settings):
         """As `Settings.zero_problems`."""
         if stage == 0:
             return {}
-        shares_head = self.has_critic and self.critic.kind == "shared-head"
-        problems = {
-            "launch": ("shares cannot be moved to main memory or a disk in this stage", offloads),
-            "critic.kind": ("a head on the actor's own states cannot be trained under ZeRO", shares_head),
-        }
+        problems = self._shares_problems("ZeRO", offloads)
         if stage == 3:
-            lora, rollout = self.lora, self.rollout
-            together = "processes that hold a weight together cannot work at a pace of their own, as under ZeRO-3"
-            problems |= {
-                "ema": ("weights that are in parts are not averaged (ZeRO-3)", self.ema is not None and lora is None),
-                "fp32_lm_head": ("a head that is in parts is not computed in float32 (ZeRO-3)", self.fp32_lm_head),
-                "offload": ("models that are in parts stay on the GPU (ZeRO-3)", bool(self.offload)),
-                "lora.quantise": ("4-bit weights cannot be parted (ZeRO-3)", bool(lora and lora.quantise)),
-                "gradient_checkpointing": (
-                    "frozen weights that are in parts cannot be computed with again (ZeRO-3 with LoRA)",
-                    self.gradient_checkpointing != "none" and lora is not None,
-                ),
-                "rollout.round_tokens": (together, rollout.round_tokens is not None),
-                "rollout.overlap": (together, rollout.overlap),
-            }
+            problems |= self._parts_problems("ZeRO-3")
+            if self.gradient_checkpointing != "none" and self.lora is not None:
+                what = "frozen weights that are in parts cannot be computed with again (ZeRO-3 with LoRA)"
+                problems["gradient_checkpointing"] = what
+        return problems
+
+    def fsdp_problems(self, offloads: bool) -> dict[str, str]:
+        """As `Settings.fsdp_problems`."""
+        return self._shares_problems("FSDP", offloads) | self._parts_problems("FSDP")
+
+    def _shares_problems(self, how: str, offloads: bool) -> dict[str, str]:
+        """What is not done with optimisers of which each process has a share."""
+        problems = {}
+        if offloads:
+            problems["launch"] = "shares cannot be moved to main memory or a disk in this stage"
+        if self.has_critic and self.critic.kind == "shared-head":
+            problems["critic.kind"] = f"a head on the actor's own states cannot be trained under {how}"
+        return problems
+
+    def _parts_problems(self, how: str) -> dict[str, str]:
+        """What is not done with weights of which each process has a part."""
+        lora, rollout = self.lora, self.rollout
+        together = f"processes that hold a weight together cannot work at a pace of their own, as under {how}"
+        problems = {
+            "ema": (f"weights that are in parts are not averaged ({how})", self.ema is not None and lora is None),
+            "fp32_lm_head": (f"a head that is in parts is not computed in float32 ({how})", self.fp32_lm_head),
+            "offload": (f"models that are in parts stay on the GPU ({how})", bool(self.offload)),
+            "lora.quantise": (f"4-bit weights cannot be parted ({how})", bool(lora and lora.quantise)),
+            "rollout.round_tokens": (together, rollout.round_tokens is not None),
+            "rollout.overlap": (together, rollout.overlap),
+        }
         return {key: what for key, (what, is_so) in problems.items() if is_so}
 
     @model_validator(mode="after")

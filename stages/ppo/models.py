@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from align import ranks
 from align.context import Context
 from align.data.render import Renderer
 from align.evaluation.scorer import RewardModel, shares_tokenizer
@@ -20,6 +21,7 @@ from align.models.opened import Opened, open_policy, open_reward
 from align.models.packed import pack
 from align.models.roles import Role, causal_role, offloaded, reward_role
 from align.models.value import critic_from_policy, critic_from_reward, shared_head
+from align.training import fsdp
 from align.training.precision import training_dtype
 from align.training.zero import shard_frozen, with_whole_head, zero_stage
 from stages.ppo.config import Config
@@ -66,7 +68,14 @@ def open_models(config: Config, context: Context, device: torch.device) -> Model
 
 def shard(models: Models) -> None:
     """Under ZeRO-3: leaves each process with its part of the weights that are not trained; those that are trained are
-    the optimiser's to shard. Only adapters, which are small, and the heads of reward models stay whole."""
+    the optimiser's to shard. Only adapters, which are small, and the heads of reward models stay whole. Under FSDP: of
+    all weights, but of those that adapters are on."""
+    if ranks.uses_fsdp() and ranks.size() > 1:
+        models.actor, models.reference = fsdp.shard(models.actor), fsdp.shard(models.reference)
+        models.critic = models.critic and fsdp.shard(models.critic)
+        own = {id(reward): replace(reward, role=fsdp.shard(reward.role)) for reward in models.rewards.values()}
+        models.rewards = {name: own[id(reward)] for name, reward in models.rewards.items()}
+        return
     if zero_stage() != 3:
         return
     rewards = [reward.role for reward in models.rewards.values()]

@@ -39,6 +39,7 @@ from align.recipe.engine_settings import EvaluationSettings
 from align.rewards.functions import call_function, load_function
 from align.rewards.remote import RemoteReward
 from align.rewards.settings import RewardTerm
+from align.training import fsdp
 from align.training.masked import Processes
 from align.training.precision import set_tf32, training_dtype
 from align.training.rows import TokenRow, demonstration_row, load_rows
@@ -100,6 +101,7 @@ def run(config: Config, context: Context) -> StageResult:
     with closing(engine):
         done = loop.run()
         make_whole(policy.model)
+        fsdp.leave(policy.model)
         with nullcontext() if trainer.ema is None else trainer.ema.applied():
             loop.sync()
             probes = loop.sample_sequences(NUM_PROBES)
@@ -129,6 +131,7 @@ def new_accelerator(context: Context) -> Accelerator:
     """Processes, device and trackers. Raises DistributedError when the processes are not those that were started."""
     folders = ProjectConfiguration(str(context.directory), logging_dir=str(context.directory / "tracking"))
     trackers: list[Any] = list(context.job.track)
+    fsdp.allow_on_cpu()
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers or None, project_config=folders)
     unset_hf_deepspeed_config()  # weights are checked when they are loaded, and parted later
     if accelerator.num_processes != context.processes:

@@ -185,9 +185,12 @@ def test_processes_that_cannot_be_are_refused_before_anything_starts(here: Path,
         ("zero3", ["ema=0.99", "fp32_lm_head=true", "offload=[reward]"], ["ema", "fp32_lm_head", "offload"]),
         ("zero3", ["lora={quantise: nf4}", "gradient_checkpointing=true"], ["lora.quantise", "gradient_checkpointing"]),
         ("zero3", ["ema=0.99", "lora={}", "rollout.round_tokens=8"], ["rollout.round_tokens"]),
+        ("fsdp", ["ema=0.99", "fp32_lm_head=true", "offload=[reward]"], ["ema", "fp32_lm_head", "offload"]),
+        ("fsdp", ["critic.kind=shared-head", "rollout.round_tokens=8"], ["critic.kind", "rollout.round_tokens"]),
+        ("fsdp", ["ema=0.99", "lora={}", "gradient_checkpointing=true"], []),
     ],
 )
-def test_what_ppo_cannot_do_under_deepspeed_is_refused_by_key(here: Path, strategy, settings, keys) -> None:
+def test_what_ppo_cannot_do_with_shares_is_refused_by_key(here: Path, strategy, settings, keys) -> None:
     """All of it at once, and nothing that it can do."""
     launch = ["ppo.launch.processes=2", f"ppo.launch.strategy={strategy}"]
     _, err = align(here, "plan", "ppo", *launch, *(f"ppo.{one}" for one in settings), code=2 if keys else 0)
@@ -222,8 +225,11 @@ def test_an_fsdp_config_that_cannot_be_is_refused_by_key(here: Path) -> None:
     assert "sft: fsdp_config.fsdp_version: version 2 is needed" in err
     assert "sft: fsdp_config.fsdp_state_dict_type: each process saves its own part" in err
     assert "fsdp_activation_checkpointing: the recipe says this (remove it and set `sft.gradient_checkpointing`)" in err
-    (here / "accelerate.yaml").write_text("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2}\n")
+    config = "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2, fsdp_offload_params: true}\n"
+    (here / "accelerate.yaml").write_text(config)
     align(here, "plan", "sft", "sft.launch.config=accelerate.yaml")
+    _, err = align(here, "plan", "ppo", "ppo.launch.config=accelerate.yaml", code=2)
+    assert "ppo.launch: shares cannot be moved to main memory" in err
 
 
 def test_machines_that_meet_are_told_who_is_host(here: Path) -> None:

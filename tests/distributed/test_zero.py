@@ -1,4 +1,5 @@
-"""PPO on two processes under DeepSpeed gives what one process gives, or two that share nothing; and a whole model."""
+"""PPO on two processes under DeepSpeed or FSDP gives what one process gives, or two that share nothing; and a whole
+model."""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ WEIGHTS = 1e-5
 """Bound of differences between final weights, from sums in another order. Measured: 2e-6."""
 METRICS = 5e-5
 """And of those between metrics, relative or absolute. Measured: 5e-6."""
+ROLES = ("actor", "critic", "reference")
 STRATEGIES = ("ddp", "zero2", "zero3")
-STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")]
-STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora")]
+STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")] + [("fsdp", "full")]
+STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora"), ("fsdp", "full")]
 OPTIM = {"lr": 1e-3, "eps": 1e-5}
 SETTINGS: dict[str, Any] = {
     "rollouts": 3,
@@ -121,7 +123,18 @@ def test_weights_are_in_parts_between_passes(variant, folder: Path):
     for one in told(folder, f"zero3-{variant}", "trainer"):
         actor = new_roles(variant)[0]
         adapters = sum(one.numel() for name, one in actor.module.named_parameters() if "lora_" in name)
-        assert one["held"] == dict.fromkeys(("actor", "critic", "reference"), adapters)
+        assert one["held"] == dict.fromkeys(ROLES, adapters)
+
+
+def test_fsdp_divides_all_weights_but_those_with_adapters(folder: Path):
+    """By rows: of one row, which a value head is, the first process has all."""
+    roles = zip(ROLES, new_roles("full"), strict=True)
+    whole = {name: sum(one.numel() for one in role.module.parameters()) for name, role in roles}
+    held = [one["held"] for one in told(folder, "fsdp-full", "trainer")]
+    assert {name: sum(one[name] for one in held) for name in ROLES} == whole
+    assert held[1] == dict.fromkeys(ROLES, whole["actor"] // 2)
+    adapted = sum(one.numel() for one in new_roles("lora")[0].module.parameters())
+    assert [one["held"] for one in told(folder, "fsdp-lora", "trainer")] == [dict.fromkeys(ROLES, adapted)] * 2
 
 
 @pytest.mark.parametrize(("strategy", "variant"), STAGES)

@@ -1,4 +1,4 @@
-"""One process of those that train roles of PPO under DeepSpeed: `torchrun zero_process.py FOLDER`.
+"""One process of those that train roles of PPO under DeepSpeed or FSDP: `torchrun zero_process.py FOLDER`.
 
 Started by test_zero.py. FOLDER/cases.json says what stages to run; each process leaves what it has to say in FOLDER.
 """
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from align import ranks
 from align.context import Context, StopFlag
@@ -38,14 +40,14 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     use(strategy)
     mine = MINE[ranks.rank()]
     settings = {"new_optimiser": new_optimiser, "processes": Processes(ranks.total, ranks.highest)}
-    trainer = new_trainer(new_roles(variant, strategy == "zero3"), **settings)
+    trainer = new_trainer(new_roles(variant, strategy), **settings)
     metrics = train(trainer, mine, range(ROLLOUTS - 1))
-    held = {name: sum(one.numel() for one in role.module.parameters()) for name, role in roles_of(trainer).items()}
+    held = {name: sum(held_of(one) for one in role.module.parameters()) for name, role in roles_of(trainer).items()}
     context = new_context(folder, "checkpoints", {})
     save_checkpoint(context, trainer, None, load_checkpoint(context, trainer)[1], ROLLOUTS - 1, 1, {"zero": strategy})
     metrics += train(trainer, mine, range(ROLLOUTS - 1, ROLLOUTS))
 
-    again = new_trainer(new_roles(variant, strategy == "zero3"), **settings)
+    again = new_trainer(new_roles(variant, strategy), **settings)
     done, _ = load_checkpoint(context, again, None, {"zero": strategy})
     repeated = train(again, mine, range(done, ROLLOUTS))
     trained = weights(trainer)
@@ -67,6 +69,11 @@ def is_refused(trainer: Any, mine: list[int], before: dict[str, Tensor]) -> bool
         same = all(torch.equal(before[name], one) for name, one in weights(trainer).items())
         return same and "the actor's gradient norm is" in str(error)
     return False
+
+
+def held_of(weight: Any) -> int:
+    """Numbers that this process has of a weight."""
+    return (weight.to_local() if isinstance(weight, DTensor) else weight).numel()
 
 
 def roles_of(trainer: Any) -> dict[str, Any]:
@@ -95,6 +102,7 @@ def run_stage(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """What this process has to say of a whole stage."""
     use(case["strategy"])
     AcceleratorState._reset_state()  # it is made once per process, and would be of the first case
+    PartialState().distributed_type = DistributedType.MULTI_CPU
     inputs = {name: Input(**given) for name, given in case["inputs"].items()}
     context = new_context(folder, "ppo", inputs, **case["settings"])
     if "stop" in case and ranks.rank() == ranks.size() - 1:

@@ -6,15 +6,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.generation.engine import Samples
 from align.models.adapters import AdaptedBase
 from align.models.packed import pack
 from align.models.partitioned import whole_model
 from align.models.roles import Role, causal_role
-from align.models.value import ValueHead
+from align.models.value import ValueHead, separate_critic
 from align.recipe.training_settings import LoraSettings, OptimSettings
+from align.training import fsdp
 from align.training.zero import shard_frozen, with_whole_head
 from stages.ppo.config import Config
 from stages.ppo.rewards import at_the_end
@@ -24,23 +25,25 @@ from stages.ppo.trainer import PPOTrainer
 from tests.models.tiny import new_opened
 
 TRAINERS = [("zero1", "full"), ("zero2", "full"), ("zero2", "lora"), ("zero3", "full"), ("zero3", "lora")]
+TRAINERS += [("fsdp", "full"), ("fsdp", "lora")]
 ROWS, WIDTH, ROLLOUTS = 8, 7, 3
 
 
-def new_roles(variant: str, sharded: bool = False) -> tuple[Role, Role, Role]:
+def new_roles(variant: str, strategy: str = "ddp") -> tuple[Role, Role, Role]:
     """Actor, critic and reference: three models, or adapters on one base and that base."""
     if variant == "lora":
         base = AdaptedBase(new_opened().model, LoraSettings(rank=4, alpha=8))
         actor, critic, reference = base.actor(), base.critic(None), base.base_role()
     else:
         actor, body = causal_role(new_opened().model.train()), new_opened(1).model.base_model
-        head = ValueHead(actor.width)
-        critic = Role(nn.ModuleDict({"body": body, "head": head}).train(), body, head, actor.width)
+        critic = separate_critic(body, ValueHead(actor.width))
         reference = causal_role(new_opened().model.eval().requires_grad_(False))
         actor.checkpoint_gradients()
     for role in (actor, critic, reference):
         pack(role.body)
-    if sharded:
+    if strategy == "fsdp":
+        return fsdp.shard(actor), fsdp.shard(critic), fsdp.shard(reference)
+    if strategy == "zero3":
         shard_frozen([reference])
         actor, reference = with_whole_head(actor), with_whole_head(reference)
     return actor, critic, reference
