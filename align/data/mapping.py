@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.data.faults import FileFault, escaped, quoted
 from align.data.public import SHAPES
 from align.data.readers import RawRow
+from align.data.shapes import PAIR, STARTS
 from align.errors import Problem
 from align.recipe.data_settings import ReadSettings
 from align.recipe.nearest import did_you_mean
@@ -57,7 +59,23 @@ def renamed(row: RawRow, settings: ReadSettings) -> RawRow:
         row = {**{name: value for name, value in row.items() if name not in sources}, **moved}
     if keys or settings.roles:
         row = {name: _messages(value, keys, settings.roles) for name, value in row.items()}
-    return row
+    return _with_prompt(row) if settings.implicit_prompt else row
+
+
+def _with_prompt(row: RawRow) -> RawRow:
+    """Two texts as conversations whose prompt is what both begin with, up to the last white space. Others, and those
+    that have no prompt in common, as they are."""
+    chosen, rejected = (row.get(side) for side in PAIR)
+    if "prompt" in row or not isinstance(chosen, str) or not isinstance(rejected, str) or chosen.startswith(STARTS):
+        return row
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    same = next((place for place, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    prompt = re.match(r".*(?=\s)", chosen[:same], re.DOTALL)
+    if prompt is None or not prompt[0].strip():
+        return row
+    asked = {"role": "user", "content": prompt[0]}
+    texts = {"chosen": chosen[prompt.end() :], "rejected": rejected[prompt.end() :]}
+    return row | {side: [asked, {"role": "assistant", "content": said}] for side, said in texts.items()}
 
 
 ABSENT = object()

@@ -117,7 +117,8 @@ def two_conversations(row: RawRow) -> Parsed:
             "no prompt",
             "`chosen` and `rejected` are texts and there is no `prompt`: where the prompt ends and the "
             "answer begins cannot be told from their characters",
-            "add a `prompt` column, or name yours with `columns: {prompt: ...}`",
+            "add a `prompt` column, name yours with `columns: {prompt: ...}`, or take what both texts begin with: "
+            "`implicit_prompt: true`",
         )
     asked, chosen = conversation(row, "chosen")
     other, rejected = conversation(row, "rejected")

@@ -52,6 +52,11 @@ class ReadSettings(Settings):
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = {}
     """Mapping for the roles of a private file's messages, `{their role: our role}`."""
 
+    implicit_prompt: bool = False
+    """Pairs of texts, `chosen` and `rejected`, that both begin with their prompt: it is what they have in common, up to
+    the last white space. false: such a file is refused, because where its prompts end is a guess. Messages and
+    transcripts say it themselves."""
+
     score: str | None = None
     """Which score decides, in files with several: UltraFeedback, HelpSteer2, PKU-SafeRLHF. None: the first in
     docs/data.md."""

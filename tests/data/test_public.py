@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -84,6 +85,18 @@ TRL = {
     ),
     "preference, explicit, conversational": Case(
         [{"prompt": ASKED, "chosen": BLUE, "rejected": RED}], PREFERENCES, [better("A colour?", "Blue.", "Red.")]
+    ),
+    "preference, implicit, standard": Case(
+        [
+            {"chosen": "The sky is blue.", "rejected": "The sky is red."},
+            {"chosen": "The sky is\nblue today.", "rejected": "The sky is\nblue tomorrow."},
+        ],
+        PREFERENCES,
+        [
+            better("The sky is", " blue.", " red."),
+            replace(better("The sky is\nblue", " today.", " tomorrow."), source="rows.jsonl:2"),
+        ],
+        {"implicit_prompt": True},
     ),
     "preference, implicit, conversational": Case(
         [
