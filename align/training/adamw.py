@@ -32,8 +32,10 @@ def new_adamw(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> to
     }
     if settings.kind == "adamw":
         return torch.optim.AdamW(list(parameters), fused=True, **given)
-    from bitsandbytes.optim import AdamW  # optional
+    from bitsandbytes.optim import AdamW, GlobalOptimManager  # optional
 
+    # Exceptions for single weights, which transformers' trainer makes, are kept by their place in any optimiser.
+    GlobalOptimManager.get_instance().initialize()
     return AdamW(list(parameters), optim_bits=8 if settings.is_8bit else 32, is_paged=settings.is_paged, **given)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -40,6 +41,17 @@ def train(optimiser: torch.optim.Optimizer, trained: list[nn.Parameter], source:
 
 def settings(kind: str) -> OptimSettings:
     return OptimSettings.model_validate({"kind": kind, "lr": 1e-2, "weight_decay": 0.1})
+
+
+def test_exceptions_made_for_another_model_are_forgotten():
+    """transformers' trainer has the moments of its embeddings in 32 bits: by the place of the weight, 0 of group 0."""
+    layer = torch.nn.Linear(128, 128, bias=False)
+    GlobalOptimManager.get_instance().register_module_override(layer, "weight", {"optim_bits": 32})
+    GlobalOptimManager.get_instance().index2config[0, 0] = {"optim_bits": 32}
+    optimiser = new_adamw(layer.parameters(), OptimSettings(lr=1e-3, kind="adamw-8bit"))
+    layer(torch.ones(1, 128)).sum().backward()
+    optimiser.step()
+    assert state_tensors(optimiser)["0.state1"].dtype is torch.uint8
 
 
 def test_moments_in_8_bits_take_a_quarter_and_step_nearly_the_same():
