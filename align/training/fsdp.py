@@ -19,9 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from align import ranks
 from align.models.roles import Role
-from align.recipe.training_settings import OptimSettings
-from align.training.adamw import new_adamw, restore_state, state_tensors
-from align.training.optimisers import clip_shares
+from align.training.adamw import restore_state, state_tensors
+from align.training.optimisers import DataParallelAdamW, clip_shares
 
 BODY = "states_of_body"
 """The method of a sharded model that runs its body."""
@@ -76,32 +75,16 @@ class _Body:
         return getattr(self._body, name)
 
 
-class FsdpAdamW:
-    """AdamW of which each process has the state of its share, and steps that: an `Optimiser` of a role that `shard`
-    made. Gradients are added up over the processes in every pass."""
+class FsdpAdamW(DataParallelAdamW):
+    """AdamW of which each process has the state of its share, and steps that: of a role that `shard` made. Gradients
+    are added up over the processes in every pass."""
 
     is_sharded = True
-
-    def __init__(self, role: Role, settings: OptimSettings):
-        self.parameters: list[Any] = list(role.parameters())
-        self.adamw = new_adamw(self.parameters, settings)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+    parameters: list[Any]
 
     def clip(self, max_norm: float) -> float:
         gradients = [one.grad.to_local() for one in self.parameters if one.grad is not None]
         return clip_shares(gradients, max_norm)
-
-    def step(self) -> None:
-        self.adamw.step()
-
-    def zero_grad(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
 
     def tensors(self) -> dict[str, Tensor]:
         """Of this process's share, with the weights."""

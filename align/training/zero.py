@@ -40,7 +40,7 @@ def new_optimiser(role: Role, settings: OptimSettings, scaler: GradScaler) -> Op
     """The optimiser of a role as the launcher was told. Under ZeRO-3 and FSDP adapters are whole in every process, and
     so is their optimiser."""
     if isinstance(next(role.parameters()), DTensor):
-        return FsdpAdamW(role, settings)
+        return FsdpAdamW(role, settings, scaler)
     stage = zero_stage()
     if stage == 0 or (stage == 3 and role.trained is not None):
         return DataParallelAdamW(role, settings, scaler)
