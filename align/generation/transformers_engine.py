@@ -13,8 +13,8 @@ from transformers import DynamicCache
 from align.errors import ConfigError, NumericError
 from align.generation.engine import Samples, Sampling, left_pad, request_seed
 from align.models.lora import without_wrapper
+from align.models.packed import position_ids
 from align.models.partitioned import whole_model
-from align.models.roles import position_ids
 
 
 class TransformersEngine:

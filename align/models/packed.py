@@ -38,6 +38,15 @@ _ASKS_FOR_STATES = {"attention_mask", "use_cache"}
 _is_packed = ContextVar("_is_packed", default=False)
 
 
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """(B,L) -> (B,L): a row's first attended token is at 0, however much padding is on its left.
+
+    Passed in every forward: a model that counts from the left edge gives left-padded rows other
+    log-probabilities.
+    """
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where the N tokens of a padded batch are in the grid (B,W)."""
@@ -166,8 +175,7 @@ def leave_out_padding(body: Any) -> bool:
         if input_ids is None or args or asked != _ASKS_FOR_STATES or kwargs["use_cache"]:
             return padded(input_ids, *args, **kwargs)
         valid = kwargs["attention_mask"]
-        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-        states: Any = packed_states(padded, input_ids, valid, positions)
+        states: Any = packed_states(padded, input_ids, valid, position_ids(valid))
         return BaseModelOutputWithPast(last_hidden_state=states)
 
     body.forward = forward
@@ -184,7 +192,7 @@ def _gives_the_same(body: Any) -> bool:
     """On three rows of unequal length, padded on both sides."""
     device = next(body.parameters()).device
     valid = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 0]], device=device)
-    ids, positions = torch.arange(15, device=device).view(3, 5), (valid.cumsum(1) - 1).clamp(min=0)
+    ids, positions = torch.arange(15, device=device).view(3, 5), position_ids(valid)
     was_training = body.training
     body.eval()
     try:

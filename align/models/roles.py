@@ -28,15 +28,6 @@ from align.models.recomputation import recompute
 NUM_CHECKED = 4
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """(B,L) -> (B,L): a row's first attended token is at 0, however much padding is on its left.
-
-    Passed in every forward: a model that counts from the left edge gives left-padded rows other
-    log-probabilities.
-    """
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-
-
 @dataclass(frozen=True)
 class Role:
     """A body that gives hidden states, a head on them, and the switch that makes the body play this role."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from align.models.roles import Role, position_ids, wide
+from align.models.packed import position_ids
+from align.models.roles import Role, wide
 
 MAX_TOKENS = 1024
 """Tokens whose logits exist at a time, forward and backward."""

@@ -21,8 +21,9 @@ from align.models.adapters import AdaptedBase
 from align.models.handover import probe_values
 from align.models.lora import add_lora
 from align.models.opened import Opened, commit_policy, commit_reward, open_as_reward, open_policy, open_reward
+from align.models.packed import position_ids
 from align.models.reward import score_sequences
-from align.models.roles import Role, causal_role, position_ids, reward_role
+from align.models.roles import Role, causal_role, reward_role
 from align.recipe.training_settings import LoraSettings
 from align.records import committed_folder
 from align.training.logprobs import response_states, state_logprobs, state_values

@@ -7,8 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from align.models.lora import add_lora
-from align.models.packed import NAME, Packing, pack, packs
-from align.models.roles import Role, causal_role, position_ids
+from align.models.packed import NAME, Packing, pack, packs, position_ids
+from align.models.roles import Role, causal_role
 from align.recipe.training_settings import LoraSettings
 from tests.models.test_roles import ARCHITECTURES, GPT2, SIZES, new_model
 

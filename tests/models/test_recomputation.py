@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from align.models.lora import add_lora
-from align.models.packed import pack
+from align.models.packed import pack, position_ids
 from align.models.recomputation import recompute
-from align.models.roles import Role, causal_role, position_ids
+from align.models.roles import Role, causal_role
 from align.recipe.training_settings import LoraSettings
 from tests.models.test_roles import new_model
 

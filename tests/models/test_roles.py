@@ -11,8 +11,9 @@ from align.errors import ArtifactError
 from align.models.handover import probe_values
 from align.models.load import load_tokenizer
 from align.models.lora import add_lora
+from align.models.packed import position_ids
 from align.models.reward import score_sequences
-from align.models.roles import causal_role, offloaded, position_ids, reward_role
+from align.models.roles import causal_role, offloaded, reward_role
 from align.models.value import critic_from_policy, critic_from_reward, shared_head
 from align.recipe.training_settings import LoraSettings
 from align.training.logprobs import response_states, state_logprobs, state_values

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from align.models.roles import causal_role, position_ids
+from align.models.packed import position_ids
+from align.models.roles import causal_role
 from align.training import logprobs
 from align.training.logprobs import response_states, state_logprobs, state_values
 from tests.ppo.table_model import TableModel
