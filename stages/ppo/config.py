@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
@@ -13,6 +12,8 @@ from align.recipe.settings import Fraction, Settings, execution, refuse, source
 from align.recipe.spec import Kind, Slot, StageSpec
 from align.recipe.training_settings import CheckpointSettings, GradientCheckpointing, LoraSettings, OptimSettings
 from align.rewards.settings import DEFAULT_TERM, RewardTerm, reward_terms
+from stages.ppo import distributed
+from stages.ppo.contradictions import contradictions
 from stages.ppo.settings import (
     ClipSettings,
     CriticSettings,
@@ -23,12 +24,6 @@ from stages.ppo.settings import (
     PtxSettings,
     RolloutSettings,
 )
-
-WITH_CRITIC = "gae"
-
-VALUED_RULES = ("replace", "subtract")
-
-TERM_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 
 INPUTS = {
     "policy": Slot(Kind.POLICY, defaults=("sft", "base")),
@@ -178,7 +173,7 @@ class Config(Settings):
     @property
     def has_critic(self) -> bool:
         """Whether values are estimated at all."""
-        return self.estimator == WITH_CRITIC
+        return self.estimator == "gae"
 
     @property
     def compares(self) -> bool:
@@ -198,194 +193,27 @@ class Config(Settings):
 
     def process_problems(self, processes: int) -> dict[str, str]:
         """As `Settings.process_problems`: each process has whole prompts, with all their responses."""
-        if processes == 1:
-            return {}
-        among = f"cannot be divided among {processes} processes"
-        problems, rollout = {}, self.rollout
-        if rollout.prompts % processes:
-            problems["rollout.prompts"] = f"{rollout.prompts} prompts {among}"
-        elif self.responses // processes % self.minibatches:
-            each = f"{self.responses // processes} responses of each of {processes} processes"
-            problems["minibatches"] = f"{each} are not a multiple of {self.minibatches}"
-        if self.ptx is not None and self.ptx.batch_size % processes:
-            problems["ptx.batch_size"] = f"{self.ptx.batch_size} rows {among}"
-        if rollout.address is not None:
-            problems["rollout.address"] = (
-                "one server cannot hold the policies of several processes: each starts its own"
-            )
-        return problems
+        return distributed.process_problems(self, processes)
 
     def zero_problems(self, stage: int, offloads: bool) -> dict[str, str]:
         """As `Settings.zero_problems`."""
-        if stage == 0:
-            return {}
-        problems = self._shares_problems("ZeRO", offloads)
-        if stage == 3:
-            problems |= self._parts_problems("ZeRO-3")
-            if self.gradient_checkpointing != "none" and self.lora is not None:
-                what = "frozen weights that are in parts cannot be computed with again (ZeRO-3 with LoRA)"
-                problems["gradient_checkpointing"] = what
-        return problems
+        return distributed.zero_problems(self, stage, offloads)
 
     def fsdp_problems(self, offloads: bool) -> dict[str, str]:
         """As `Settings.fsdp_problems`."""
-        return self._shares_problems("FSDP", offloads) | self._parts_problems("FSDP")
+        return distributed.fsdp_problems(self, offloads)
 
-    def _shares_problems(self, how: str, offloads: bool) -> dict[str, str]:
-        """What is not done with optimisers of which each process has a share."""
-        problems = {}
-        if offloads:
-            problems["launch"] = "shares cannot be moved to main memory or a disk in this stage"
-        if self.has_critic and self.critic.kind == "shared-head":
-            problems["critic.kind"] = f"a head on the actor's own states cannot be trained under {how}"
-        return problems
-
-    def _parts_problems(self, how: str) -> dict[str, str]:
-        """What is not done with weights of which each process has a part."""
-        lora, rollout = self.lora, self.rollout
-        together = f"processes that hold a weight together cannot work at a pace of their own, as under {how}"
-        problems = {
-            "ema": (f"weights that are in parts are not averaged ({how})", self.ema is not None and lora is None),
-            "fp32_lm_head": (f"a head that is in parts is not computed in float32 ({how})", self.fp32_lm_head),
-            "offload": (f"models that are in parts stay on the GPU ({how})", bool(self.offload)),
-            "lora.quantise": (f"4-bit weights cannot be parted ({how})", bool(lora and lora.quantise)),
-            "rollout.round_tokens": (together, rollout.round_tokens is not None),
-            "rollout.overlap": (together, rollout.overlap),
-        }
-        return {key: what for key, (what, is_so) in problems.items() if is_so}
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Config:
-        problems = {**self._size_problems(), **self._rollout_problems(), **self._kl_problems()}
-        problems |= self._reward_problems()
-        problems |= self._critic_problems() if self.has_critic else self._critic_free_problems()
-        refuse(problems | self._idle_problems())
-        return self
-
-    def _size_problems(self) -> dict[str, str]:
-        problems = {}
-        if self.responses % self.minibatches:
-            problems["minibatches"] = f"{self.responses} responses per rollout are not a multiple of {self.minibatches}"
-        if self.lora is not None and self.lora.dropout:
-            problems["lora.dropout"] = "has to be 0: the ratio of new to old policy must be 1 before the first update"
-        if self.overlong is not None and self.overlong.buffer > self.rollout.max_response_tokens:
-            problems["overlong.buffer"] = (
-                f"{self.overlong.buffer} is over rollout.max_response_tokens {self.rollout.max_response_tokens}"
-            )
-        return problems
-
-    def _rollout_problems(self) -> dict[str, str]:
-        rollout, problems = self.rollout, self._tail_problems()
-        if rollout.overlap and rollout.engine != "vllm-server":
-            problems["rollout.overlap"] = (
-                f"needs rollout.engine: vllm-server; {rollout.engine} samples in the trainer's process, on weights "
-                "that change while it learns"
-            )
-        if rollout.correction == "off" and (rollout.overlap or rollout.round_tokens is not None):
-            problems["rollout.correction"] = (
-                "off would learn from older policies' tokens as if they were the policy's own; use token, or leave "
-                "rollout.round_tokens and rollout.overlap out"
-            )
-        return problems
-
-    def _tail_problems(self) -> dict[str, str]:
-        rollout = self.rollout
-        most, each = rollout.max_response_tokens, rollout.round_tokens
-        if each is None:
-            idle = {
-                "rollout.max_staleness": rollout.max_staleness is not None,
-                "rollout.until_ended": rollout.until_ended,
-            }
-            return {name: "has no effect without rollout.round_tokens" for name, is_set in idle.items() if is_set}
-        if each >= most or most % each:
-            what = f"rollout.max_response_tokens {most} is not two or more times {each}; choose a part of it"
-            return {"rollout.round_tokens": what}
-        problems = {}
-        if rollout.max_staleness is not None and rollout.max_staleness >= most // each - 1:
-            problems["rollout.max_staleness"] = (
-                f"has no effect: all responses end within {most // each} rollouts, so the oldest token is at most "
-                f"{most // each - 1} old; choose a smaller number, or leave it out"
-            )
-        if rollout.until_ended == 1:
-            problems["rollout.until_ended"] = (
-                "1 waits for every response, so that none is carried over; choose a smaller share, or leave "
-                "rollout.round_tokens out"
-            )
-        return problems
-
-    def _kl_problems(self) -> dict[str, str]:
-        problems = {}
-        if self.kl.target is not None and self.kl.coef == 0:
-            problems["kl.target"] = "moves kl.coef by a factor, and that of 0 stays 0; give kl.coef a start"
-        waits = self.compares and self.rollout.round_tokens is not None
-        most = self.responses * (self.rollout.responses_per_prompt if waits else 1)  # whose groups may end at once
-        if self.kl.target is not None and most >= 5 * self.kl.horizon:
-            problems["kl.horizon"] = f"{most} responses per rollout need one above {most // 5}"
-        if self.kl.estimator == "k2" and self.whiten_advantages:
-            problems["kl.estimator"] = (
-                "whitening divides the scores by their spread and not a KL in the loss, so kl.coef would mean another "
-                "thing at every rollout; set whiten_advantages: false"
-            )
-        return problems
-
-    def _critic_problems(self) -> dict[str, str]:
-        problems = {}
-        if self.critic.kind == "adapter" and self.lora is None:
-            problems["critic.kind"] = "adapter needs `lora`; without it the critic is separate or a shared-head"
-        if (self.critic.warmup_rollouts or 0) >= self.rollouts:
-            problems["critic.warmup_rollouts"] = (
-                f"the policy would never be trained: there are {self.rollouts} rollouts"
-            )
-        return problems
-
-    def _critic_free_problems(self) -> dict[str, str]:
-        fields = {"critic", "lam", "lam_value", "lam_length", "clip.value"}
-        fields |= set() if self.estimator == "reinforce++" else {"gamma"}
-        what = f"a setting of the estimator {WITH_CRITIC}; {self.estimator} has no critic"
-        if self.kind == "ppo":
-            what += (
-                f" (the stage `{self.estimator}` has its own defaults)" if self.estimator in {"rloo", "grpo"} else ""
-            )
-        problems = dict.fromkeys((name for name in sorted(fields) if self._is_changed(name)), what)
-        if self.missing_eos.rule == "bootstrap":
-            problems["missing_eos.rule"] = f"bootstrap needs a critic; {self.estimator} has none"
-        if self.compares and self.rollout.responses_per_prompt < 2:
-            problems["rollout.responses_per_prompt"] = (
-                f"{self.estimator} compares the responses to one prompt; set it to 2 or more"
-            )
-        return problems
-
-    def _idle_problems(self) -> dict[str, str]:
-        """Settings that were changed and would do nothing."""
-        needs = {
-            "divide_by_std": ("estimator: grpo", self.estimator == "grpo"),
-            "critic.coef": ("critic.kind: shared-head", not self.has_critic or self.critic.kind == "shared-head"),
-            "kl.horizon": ("kl.target", self.kl.target is not None),
-            "missing_eos.value": ("missing_eos.rule: replace or subtract", self.missing_eos.rule in VALUED_RULES),
-        }
-        return {
-            name: f"has no effect without {other}"
-            for name, (other, works) in needs.items()
-            if not works and self._is_changed(name)
-        }
-
-    def _is_changed(self, name: str) -> bool:
+    def is_changed(self, name: str) -> bool:
         """Whether a setting, by its dotted key, differs from PPO's default."""
         ours, default = self, Config.model_construct()
         for key in name.split("."):
             ours, default = getattr(ours, key), getattr(default, key)
         return ours != default
 
-    def _reward_problems(self) -> dict[str, str]:
-        if not self.reward:
-            return {"reward": "no term, so there is nothing to maximise"}
-        problems = {}
-        for name in self.reward:
-            if name in INPUTS and name != DEFAULT_TERM:
-                problems[f"reward.{name}"] = "the name of another input; choose another"
-            elif not TERM_NAME.fullmatch(name):
-                problems[f"reward.{name}"] = "the name of a term is made of letters, digits, - and _"
-        return problems
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        refuse(contradictions(self, INPUTS))
+        return self
 
 
 class RlooConfig(Config):
