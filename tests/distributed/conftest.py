@@ -20,10 +20,17 @@ from tests.stages.harness import BASE, KINDS, LORA, Run, write_data
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
 FULL = [(kind, strategy, False) for strategy in STRATEGIES for kind in ("base", *KINDS)]
-ADAPTED = [(kind, strategy, True) for strategy in ("ddp", "zero3", "fsdp") for kind in KINDS]
+ADAPTED = [(kind, strategy, True) for strategy in STRATEGIES for kind in KINDS]
 OTHERS = [("sft", strategy, False) for strategy in ("zero1", "zero2-offload", "zero3-offload")]
 CASES = FULL + ADAPTED + OTHERS
-STOPPED = [("sft", "ddp", False), ("dpo", "zero3", False), ("dpo", "fsdp", False), ("reward", "fsdp", True)]
+STOPPED = [
+    ("sft", "ddp", False),
+    ("reward", "zero2", True),
+    ("kto", "zero2", False),
+    ("dpo", "zero3", False),
+    ("dpo", "fsdp", False),
+    ("reward", "fsdp", True),
+]
 PRECOMPUTED = ["ddp", "zero3"]
 SAMPLED = ["zero3", "fsdp"]
 
