@@ -63,7 +63,6 @@ class StageSpec:
     """`module:function`, torch-free, `(config, inputs by name, lengths, processes, evaluation) -> Workload`: what the
     memory of the stage is estimated from (align.pipeline.estimate)."""
     distributed: bool = False
-    """Whether it can train on several processes. If not, it is one whatever the recipe says: it makes a small model
-    from nothing."""
+    """Whether it can train on several processes. If not, it is one whatever the recipe says."""
     trainer_config: str | None = None
     """`package.module:Class` of the TRL config that `trainer_args` is checked against, unimported."""

@@ -7,9 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from align.recipe.data_settings import Data, Role
-from align.recipe.settings import Settings
+from align.recipe.launch_settings import LaunchSettings
+from align.recipe.settings import Settings, execution
 from align.recipe.spec import Kind, StageSpec
 from align.recipe.training_settings import OptimSettings
+
+KEPT_CHECKPOINTS = 2
 
 
 class Config(Settings):
@@ -43,13 +46,19 @@ class Config(Settings):
     """Optimiser steps of next-token training on the corpus. 0 leaves the weights random."""
 
     batch_size: PositiveInt = 32
-    """Sequences per step."""
+    """Sequences per step, over all processes."""
 
     sequence_length: PositiveInt = 64
     """Tokens per sequence; the corpus is packed, documents separated by EOS."""
 
     optim: OptimSettings = OptimSettings(lr=3e-3, warmup=0.05, schedule="cosine", betas=(0.9, 0.95))
     """Optimiser."""
+
+    log_every: PositiveInt = execution(10)
+    """Optimiser steps between lines of metrics.jsonl."""
+
+    launch: LaunchSettings | None = execution(None)
+    """Processes of this stage. None: the recipe's `launch`."""
 
     seed: int | None = None
     """None: the recipe's seed."""
@@ -70,6 +79,12 @@ class Config(Settings):
             "tie_word_embeddings": True,
         }
 
+    def process_problems(self, processes: int) -> dict[str, str]:
+        """As `Settings.process_problems`."""
+        if self.batch_size % processes:
+            return {"batch_size": f"batch_size {self.batch_size} cannot be divided among {processes} processes"}
+        return {}
+
     @model_validator(mode="after")
     def _shapes(self) -> Config:
         if self.hidden % self.heads:
@@ -89,4 +104,6 @@ SPEC = StageSpec(
     output=Kind.POLICY,
     run="stages.base.run:run",
     data=Role.CORPUS,
+    workload="stages.base.memory:workload",
+    distributed=True,
 )

@@ -27,8 +27,9 @@ from align.models.opened import Opened, commit_policy
 from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
 from align.training.rows import load_rows
+from align.training.sharding import sharding_arguments
 from align.training.trainer import CommittedTrainer, housekeeping_arguments, optimiser_arguments, run_training
-from stages.base.config import Config
+from stages.base.config import KEPT_CHECKPOINTS, Config
 
 END = "<|end|>"
 ROLES = ("system", "user", "assistant")
@@ -111,12 +112,14 @@ def packed(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], le
 
 
 def _train(config: Config, context: Context, opened: Opened, blocks: list[list[int]]) -> None:
+    each = config.batch_size // context.processes
     arguments = TrainingArguments(
         **housekeeping_arguments(context),
         **optimiser_arguments(config.optim),
+        **sharding_arguments(each, 1, config.optim.max_grad_norm, in_bfloat16=False),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        logging_steps=10,
+        per_device_train_batch_size=each,
+        logging_steps=config.log_every,
         save_steps=max(1, config.steps // 4),
     )
     trainer = PretrainingTrainer(
@@ -125,7 +128,7 @@ def _train(config: Config, context: Context, opened: Opened, blocks: list[list[i
         train_dataset=RowDataset.from_dict({"input_ids": blocks}),
         data_collator=_collate,
     )
-    run_training(trainer, context, keep_checkpoints=2, shown={"loss": "loss"})
+    run_training(trainer, context, keep_checkpoints=KEPT_CHECKPOINTS, shown={"loss": "loss"})
 
 
 def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -305,7 +305,7 @@ def test_plan_memory_estimates_from_settings_alone(here):
     out, _ = align(here, "plan", "ppo", "--memory", "--json")
     found = json.loads(out)["memory"]
     number = 1024 * 128 + 4 * (16 * 128**2 + 256) + 128
-    assert found["base"] == {"unknown": "it starts from no model"}
+    assert found["base"]["parameters"] == number
     assert found["sft"]["parameters"] == found["sft"]["trained_parameters"] == number
     assert (found["sft"]["steps"], found["sft"]["tokens"], found["sft"]["strategy"]) == (1, None, "one")
     assert found["sft"]["artifact"] == 4 * number and found["sft"]["checkpoint"] == 12 * number
@@ -318,7 +318,7 @@ def test_plan_gpu_says_what_fits(here):
     """Half a GiB holds nothing, because CUDA takes more; 80 hold everything. NF4 is not divided."""
     (here / "runs").mkdir()
     small, _ = align(here, "plan", "sft", "--gpu", "8x512MiB")
-    assert "sft on 8 x 0.50 GiB" in small and "peak of a GPU, GiB" in small and "base is not estimated" in small
+    assert "sft on 8 x 0.50 GiB" in small and "peak of a GPU, GiB" in small and "base on 8 x 0.50 GiB" in small
     assert " no" in small and " fits" not in small
     out, _ = align(here, "plan", "sft", "--gpu", "8x80GiB", "--json")
     large = json.loads(out)["memory"]["sft"]["strategies"]

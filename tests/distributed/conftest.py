@@ -15,15 +15,22 @@ import pytest
 
 from align.job import Input
 from tests.models.tiny import drop_weight, model_input, new_opened, save_foreign, save_policy
-from tests.stages.harness import KINDS, LORA, Run, write_data
+from tests.stages.harness import BASE, KINDS, LORA, Run, write_data
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
-FULL = [(kind, strategy, False) for strategy in STRATEGIES for kind in KINDS]
-ADAPTED = [(kind, strategy, True) for strategy in ("ddp", "zero3", "fsdp") for kind in KINDS]
+FULL = [(kind, strategy, False) for strategy in STRATEGIES for kind in ("base", *KINDS)]
+ADAPTED = [(kind, strategy, True) for strategy in STRATEGIES for kind in KINDS]
 OTHERS = [("sft", strategy, False) for strategy in ("zero1", "zero2-offload", "zero3-offload")]
 CASES = FULL + ADAPTED + OTHERS
-STOPPED = [("sft", "ddp", False), ("dpo", "zero3", False), ("dpo", "fsdp", False), ("reward", "fsdp", True)]
+STOPPED = [
+    ("sft", "ddp", False),
+    ("reward", "zero2", True),
+    ("kto", "zero2", False),
+    ("dpo", "zero3", False),
+    ("dpo", "fsdp", False),
+    ("reward", "fsdp", True),
+]
 PRECOMPUTED = ["ddp", "zero3"]
 SAMPLED = ["zero3", "fsdp"]
 
@@ -48,7 +55,7 @@ class World:
 
     def settings(self, kind: str, lora: bool = False, **changes: Any) -> dict[str, Any]:
         data = {"path": self.files[kind], "held_out": 0.2}
-        return {**KINDS[kind], "data": data, **(LORA if lora else {}), **changes}
+        return {**(BASE if kind == "base" else KINDS[kind]), "data": data, **(LORA if lora else {}), **changes}
 
     def one(self, kind: str, lora: bool = False) -> Run:
         """A finished run of one process, made on first use."""

@@ -18,14 +18,27 @@ from align.recipe.training_settings import TrainingSettings
 from tests.models.tiny import demo_texts, model_input
 
 STEPS = 6
+OPTIM = {"lr": 1e-2, "schedule": "cosine", "warmup": 0.3}  # warm-up and decay: resuming has a place to be lost
 COMMON: dict[str, Any] = {
     "max_steps": STEPS,
     "batch_size": 4,
     "max_length": 64,
     "log_every": 1,
     "checkpoint": {"every_steps": 2},
-    "optim": {"lr": 1e-2, "schedule": "cosine", "warmup": 0.3},  # warm-up and decay: resuming has a place to be lost
+    "optim": OPTIM,
 }
+BASE: dict[str, Any] = {
+    "steps": STEPS,
+    "log_every": 1,
+    "batch_size": 4,
+    "vocabulary": 280,
+    "hidden": 32,
+    "layers": 2,
+    "heads": 2,
+    "sequence_length": 32,
+    "optim": OPTIM,
+}
+"""A small model from nothing."""
 KINDS: dict[str, dict[str, Any]] = {
     "sft": COMMON,
     "dpo": COMMON,
@@ -43,7 +56,9 @@ def write_data(folder: Path) -> dict[str, str]:
     preferences.write_text(
         "".join(json.dumps({"prompt": p, "chosen": "sure , " + a, "rejected": "ugh , " + a}) + "\n" for p, a in rows)
     )
-    return {"sft": str(demonstrations)} | dict.fromkeys(("dpo", "kto", "reward"), str(preferences))
+    return dict.fromkeys(("base", "sft"), str(demonstrations)) | dict.fromkeys(
+        ("dpo", "kto", "reward"), str(preferences)
+    )
 
 
 @dataclass(frozen=True)

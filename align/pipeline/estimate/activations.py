@@ -23,6 +23,10 @@ BLOCK_COPIES = 4
 """Blocks alive at once in their backward pass: the gradients of the chosen logits and of the normaliser, their sum, and
 the logits where they are computed once more."""
 
+WHOLE_COPIES = 3
+"""Of all logits in float32 in the backward pass of the library's own loss: log-probabilities, the gradient of those,
+and that of the logits."""
+
 MMAP_THRESHOLD = 32 * 2**20
 """Bytes from which on glibc gives a freed block back to the system, after it has met larger ones (mallopt(3))."""
 
@@ -118,6 +122,11 @@ def fused_logits(shapes: Shapes, one: Pass, width: Width, *, on_gpu: bool) -> fl
     if on_gpu:
         return tokens * TILE_WORDS * width.compute
     return tokens * min(shapes.vocabulary, TILE_WORDS) * width.compute * TILE_COPIES
+
+
+def whole_logits(shapes: Shapes, one: Pass) -> float:
+    """Bytes of the logits of a loss that has those of all tokens at once."""
+    return 4 * WHOLE_COPIES * one.tokens * shapes.vocabulary
 
 
 def ppo_logits(shapes: Shapes, tokens: int, *, on_gpu: bool) -> float:

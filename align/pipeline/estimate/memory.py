@@ -14,6 +14,7 @@ from align.pipeline.estimate.activations import (
     passing,
     ppo_logits,
     sampling_logits,
+    whole_logits,
 )
 from align.pipeline.estimate.shapes import Shapes
 from align.pipeline.estimate.strategies import STRATEGIES, States, states
@@ -174,6 +175,8 @@ class _Process:
     def _logits(self, step: Step, shapes: Shapes) -> float:
         if step.logits == "fused":
             return fused_logits(shapes, step.one, self.width, on_gpu=self.device.is_gpu)
+        if step.logits == "whole":
+            return whole_logits(shapes, step.one)
         if step.logits == "ppo":
             return ppo_logits(shapes, step.response_tokens, on_gpu=self.device.is_gpu)
         return 0.0
@@ -201,7 +204,7 @@ class _Process:
         parts = self.trained()
         if model.lora is not None and model.lora.quantise:
             parts["weights"] += whole - self.states[model.role].weights
-        return parts | {"heap": max(self._left(step) for step in self.work.steps), "check": whole}
+        return parts | {"heap": max(map(self._left, self.work.steps), default=0.0), "check": whole}
 
     def _left(self, step: Step) -> float:
         """Bytes of a pass that are in the heap after it. Gradients take the places of activations, unless an earlier

@@ -23,6 +23,8 @@ MARGIN = 0.85
 """Share of a device that an estimate may fill for `gradient_checkpointing: auto` to leave it at none: estimates are up
 to 15% too low (docs/memory_estimate.md)."""
 METHODS = ("full", "lora", "qlora")
+MADE = "policy"
+"""What the model of a stage that makes one from nothing is called in its workload."""
 WITHOUT_NF4 = ("zero3", "zero3-offload", "zero3-nvme", "fsdp")
 """Strategies that divide weights, which 4-bit ones cannot be."""
 
@@ -121,6 +123,8 @@ class Known:
 
     def with_method(self, method: str) -> Any:
         """The stage's settings, with all weights trained, an adapter, or an adapter on a base in 4 bits."""
+        if method == "full" and not hasattr(self.config, "lora"):
+            return self.config
         lora = self.config.lora or LoraSettings()
         changed = {
             "full": None,
@@ -135,10 +139,11 @@ class Known:
 
     def table(self, device: Device) -> dict[str, dict[str, Estimate | None]]:
         """By strategy, then by method; None for what cannot be."""
+        methods = METHODS if hasattr(self.config, "lora") else METHODS[:1]
         return {
             strategy: {
                 method: None
-                if method == "qlora" and strategy in WITHOUT_NF4
+                if method not in methods or (method == "qlora" and strategy in WITHOUT_NF4)
                 else self.estimate(
                     device,
                     config=self.with_method(method),
@@ -158,7 +163,8 @@ def with_gradient_checkpointing(config: Any, how: str) -> Any:
 
 def _compute(config: Any, device: Device) -> int:
     """Bytes of a number in the passes."""
-    return 2 if config.precision in {"bfloat16", "float16"} or (config.precision == "auto" and device.is_gpu) else 4
+    precision = getattr(config, "precision", "float32")
+    return 2 if precision in {"bfloat16", "float16"} or (precision == "auto" and device.is_gpu) else 4
 
 
 class Estimator:
@@ -184,9 +190,11 @@ class Estimator:
 
     def know(self, node: Node, job: Job) -> Known | str:
         """What is known of a stage, or why nothing can be estimated. Those before it have to be followed."""
-        configs = {slot: self._config(value) for slot, value in job.inputs.items()}
         if node.spec.workload is None:
-            return "it starts from no model"
+            return "it does not say what it does with memory"
+        configs = {slot: self._config(value) for slot, value in job.inputs.items()}
+        if isinstance(node.config, Makes):
+            configs = {MADE: node.config.architecture()}
         unread = [job.inputs[slot].source for slot, config in configs.items() if config is None]
         if unread:
             return f"config.json of {unread[0]} is not on this machine"
@@ -210,7 +218,7 @@ class Estimator:
 
     def _lengths(self, node: Node, job: Job) -> Lengths:
         """Rows are counted; their tokens too, where the policy's tokenizer is a local folder by now."""
-        if node.data is None or node.spec.data is None:
+        if node.data is None or node.spec.data is None or "policy" not in job.inputs:
             return Lengths()
         rows, policy = len(load(node.data, node.spec.data).train), job.inputs["policy"]
         if not (Path(policy.path) / "tokenizer_config.json").is_file():

@@ -61,7 +61,7 @@ class Step:
 
     role: str
     one: Pass
-    logits: Literal["fused", "ppo", "none"]
+    logits: Literal["fused", "whole", "ppo", "none"]
     response_tokens: int = 0
     """Of ppo: tokens whose logits are needed."""
     accumulates: bool = False

@@ -12,6 +12,8 @@ from align.pipeline.estimate.memory import CONTEXT, PROCESS, Device, memory, tra
 from align.pipeline.estimate.stage import Known
 from align.pipeline.estimate.workload import Held, Lengths, Sampling, Step, Workload
 from align.recipe.training_settings import LoraSettings
+from stages.base.config import Config as Base
+from stages.base.memory import workload as base
 from stages.dpo.config import Config as Dpo
 from stages.dpo.memory import workload as dpo
 from stages.ppo.config import Config as Ppo
@@ -205,3 +207,14 @@ def test_auto_recomputes_only_where_it_has_to(gibibytes, how):
     assert peak("none") == pytest.approx(8.037, abs=1e-3)
     assert peak("full") < 6
     assert peak("auto") == peak(how)
+
+
+def test_base_has_all_logits_at_once():
+    """Of two processes each has 2 sequences of 5 tokens, whose logits of 10 are there three times. 3 steps of 4
+    sequences are 60 tokens. Without steps nothing is trained."""
+    config = Base(batch_size=4, sequence_length=5, steps=3)
+    work = base(config, {}, Lengths(), 2, EVALUATION)
+    assert (work.num_steps, work.tokens) == (3, 60)
+    assert memory(work, {"policy": TINY}).phases["training"]["logits"] == 3 * 10 * 10 * 4
+    idle = memory(base(config.model_copy(update={"steps": 0}), {}, Lengths(), 1, EVALUATION), {"policy": TINY})
+    assert "training" not in idle.phases and idle.phases["saving"]["optimiser"] == 0
