@@ -178,7 +178,7 @@ def assert_same_run(loop: Loop, other: Loop) -> None:
     assert lines(loop) == lines(other)
     assert loop.trainer.num_steps == other.trainer.num_steps
     assert loop.trainer.kl_coef == other.trainer.kl_coef
-    assert loop.history == other.history
+    assert loop.reporter.history == other.reporter.history
 
 
 def damage(checkpoints: Path, rollouts: int) -> None:
