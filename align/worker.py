@@ -7,20 +7,13 @@ It reads job.json, runs the stage, and writes record.json last: without a record
 from __future__ import annotations
 
 import errno
-import importlib.metadata
-import json
 import logging
 import os
-import platform
-import resource
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,42 +25,17 @@ from align.errors import AlignError, ConfigError, DistributedError, Problem, Wri
 from align.job import StageResult
 from align.pipeline.estimate.auto import Decision, decide, is_auto
 from align.pipeline.estimate.memory import Device
-from align.pipeline.folders import LOG, RECORD, RECORD_SCHEMA, Order, content, read_order, write_failure
+from align.pipeline.folders import LOG, RECORD, Order, content, read_order, write_failure
 from align.pipeline.graph import wanted_launch
-from align.pipeline.processes import die_with_parent, end
+from align.pipeline.processes import ENVIRONMENT, die_with_parent, end
+from align.pipeline.provenance import peak_memory, record_of, timestamp
 from align.pipeline.runner import order_stage
 from align.recipe.launch_settings import LaunchSettings
 from align.recipe.load import load_recipe
 from align.recipe.shipped import find_recipe
 from align.recipe.spec import named
-from align.records import read_manifest, remove_folder, write_json
+from align.records import remove_folder, write_json
 from stages import load_specs
-
-PACKAGES = (
-    "align-rlhf",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "datasets",
-    "accelerate",
-    "bitsandbytes",
-    "deepspeed",
-    "vllm",
-)
-
-ENVIRONMENT = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-}
-"""Of every stage, unless set: nothing calls home, tokenizers do not fork threads under data loaders, and the only
-progress bar is ours."""
 
 
 def main(arguments: list[str]) -> int:
@@ -145,11 +113,11 @@ def run_stage(directory: Path, stop: StopFlag) -> None:
     if decision is not None:
         config = decision.apply(config)
     result: StageResult = named(order.run)(config, context)
-    peaks = [_peak_memory()]
+    peaks = [peak_memory()]
     if "WORLD_SIZE" in os.environ:
         peaks = gather(peaks[0])  # so all have come here: a stage is complete when it is in all processes
     if context.is_main:
-        record = _record(order, result, contents, started, peaks)
+        record = record_of(order, result, contents, started, peaks)
         write_json(directory / RECORD, record | ({"decided": decision.as_json()} if decision else {}))
         if context.checkpoints.exists():
             remove_folder(context.checkpoints)
@@ -187,92 +155,6 @@ def _world_size() -> int:
     return size
 
 
-def _record(
-    order: Order, result: StageResult, contents: dict[str, str | None], started: float, peaks: list[dict[str, int]]
-) -> dict[str, Any]:
-    job, ended = order.job, time.time()
-    model = Path(job.directory) / "model"
-    return {
-        "schema": RECORD_SCHEMA,
-        "stage": job.stage,
-        "kind": job.kind,
-        "version": job.version,
-        "output": order.output,
-        "fingerprint": job.fingerprint,
-        "identity": job.identity,
-        "inputs": {slot: {**asdict(value), "content": contents[slot]} for slot, value in job.inputs.items()},
-        "config": job.config,
-        "evaluation": job.evaluation,
-        "data": (job.identity["data"] or {}).get("content"),
-        "data_reports": job.data_reports,
-        "seed": job.seed,
-        "metrics": _plain(result.metrics),
-        "handover": _plain(result.handover),
-        "files": read_manifest(model)["files"],
-        "started": _timestamp(started),
-        "ended": _timestamp(ended),
-        "seconds": round(ended - started, 3),
-        "versions": _versions(),
-        "hardware": _hardware(),
-        "peak_memory": {name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]},
-        "world_size": len(peaks),
-        "git": _git_commit(),
-        "command": order.command,
-    }
-
-
-def _plain(value: Any) -> Any:
-    """The value as strict JSON: NaN and infinities become "NaN", "Infinity" and "-Infinity", never hidden."""
-    return json.loads(json.dumps(value), parse_constant=str)
-
-
-def _timestamp(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _hardware() -> dict[str, Any]:
-    torch = sys.modules.get("torch")  # a stage that did not need it is not made to import it
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if torch else []
-    return {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}
-
-
-def _peak_memory() -> dict[str, int]:
-    """Most bytes this process ever held: resident in main memory, and allocated on each GPU by torch."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    torch = sys.modules.get("torch")
-    gpus = (
-        {f"gpu{index}": torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())}
-        if torch
-        else {}
-    )
-    return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, **gpus}
-
-
-def _git_commit() -> str | None:
-    """Commit of align's own checkout, with `+changes` if files differ; None when installed as a package."""
-    checkout = Path(__file__).parent.parent
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        commit, status = (
-            subprocess.run(["git", "-C", checkout, *command], capture_output=True, text=True, timeout=10, check=True)
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "align", "stages"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
-
-
 def _abort(directory: Path, error: AlignError) -> None:
     """From any thread: the main one may be stuck."""
     os._exit(_fail(directory, error.exit_code, str(error)))
@@ -304,7 +186,7 @@ def _log(directory: Path | None, exit_code: int, message: str) -> int:
     process = f" process {os.environ['RANK']}" if "RANK" in os.environ else ""
     try:
         with (directory / LOG).open("a", encoding="utf-8") as stream:
-            stream.write(f"{_timestamp(time.time())}{process} exit code {exit_code}\n{message}\n")
+            stream.write(f"{timestamp(time.time())}{process} exit code {exit_code}\n{message}\n")
     except OSError:
         print(f"{directory / LOG}: cannot write", file=sys.stderr)
     return exit_code

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from align.cli.app import app
+from align.pipeline.provenance import installed
 
 PACKAGES = (
     *("align-rlhf", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub"),
@@ -39,20 +39,13 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fals
 def environment() -> dict[str, object]:
     """Versions of the stack (packages that are installed), machine and accelerators, as plain JSON."""
     return {
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": installed(PACKAGES),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": _gpus(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _gpus() -> list[str]:

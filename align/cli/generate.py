@@ -16,6 +16,7 @@ import typer
 from align.cli.app import app
 from align.errors import ArtifactError, ConfigError, Problem
 from align.pipeline.external import HashCache, local_input
+from align.pipeline.processes import ENVIRONMENT
 from align.recipe.spec import Kind
 from align.records import write_json
 
@@ -71,7 +72,8 @@ def generate(
         path = Path(folder) / "order.json"
         write_json(path, order)
         # In a process of its own: this one never loads torch.
-        code = subprocess.run([sys.executable, "-m", "align.sampler", str(path)], env=os.environ).returncode
+        command = [sys.executable, "-m", "align.sampler", str(path)]
+        code = subprocess.run(command, env=ENVIRONMENT | os.environ).returncode
     raise typer.Exit(code)
 
 

@@ -1,4 +1,5 @@
-"""Processes of stages: they do not outlive their parent, and signals reach those that can save."""
+"""Processes of stages: what is in their environment; they do not outlive their parent, and signals reach those that can
+save."""
 
 from __future__ import annotations
 
@@ -12,6 +13,19 @@ from typing import NoReturn
 import psutil
 
 _PR_SET_PDEATHSIG = 1
+
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+"""Of processes that load models, unless set: nothing calls home, tokenizers do not fork threads under data loaders, and
+the only progress bar is ours."""
 
 
 def die_with_parent(parent: int) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,12 +52,17 @@ class Reading:
     specs: Mapping[str, StageSpec]
     directory: Path
     problems: list[Problem]
+    data: dict[str, Any] = field(default_factory=dict)
+    """The recipe's own `data`, its paths made absolute."""
+    with_data: set[str] = field(default_factory=set)
+    """Stages that name their own files."""
 
     def settings(self) -> RecipeSettings | None:
         """The recipe's own settings; None when they are wrong."""
         given = {key: value for key, value in self.values.items() if key in OWN}
         merged = self._merged(RecipeSettings, given, ())
         self._locate(RecipeSettings, merged, (), [])
+        self.data = merged["data"] if isinstance(merged.get("data"), dict) else {}
         return self._validated(RecipeSettings, merged, ())
 
     def stages(self) -> dict[str, StageRecipe]:
@@ -77,7 +82,7 @@ class Reading:
         """--data has no effect, and so is an error, when every requested stage names its own data."""
         option = next((item for item in self.origins.overrides if item.text.startswith("--data ")), None)
         readers = [name for name in self.origins.requested if name in stages and stages[name].spec.data]
-        if option and readers and all(getattr(stages[name].config, "data", None) for name in readers):
+        if option and readers and self.with_data.issuperset(readers):
             where = self.origins.where((readers[0], "data"))
             what = f"has no effect: `{readers[0]}` names its own data ({where})"
             self.problems.append(Problem(option.where, what, f"set `{readers[0]}.data={option.value}` instead"))
@@ -86,6 +91,11 @@ class Reading:
         given = self.values.get(name)
         merged = self._merged(spec.config, {} if given is None else given, (name,))
         self._locate(spec.config, merged, (name,), names)
+        data = merged.get("data") if isinstance(merged, dict) else None
+        if isinstance(data, dict) and not data.keys() & {"path", "mixture"}:
+            merged["data"] = {**self.data, **data}
+        elif data:
+            self.with_data.add(name)
         arguments = merged.get("trainer_args") if isinstance(merged, dict) else None
         if spec.trainer_config and isinstance(arguments, dict):
             path = (name, "trainer_args")

@@ -28,7 +28,7 @@ class RecipeSettings(Settings):
     """The model that stages start from when no stage before them makes one."""
 
     data: Data | None = None
-    """The data of stages that name none."""
+    """The data of stages that name no files. What such a stage says of its `data` is changed for it alone."""
 
     evaluation: EvaluationSettings = EvaluationSettings()
     """How every policy is measured at the end of its stage."""

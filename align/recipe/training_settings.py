@@ -109,6 +109,13 @@ class LoraSettings(Settings):
     was trained: the base as its 4 bits decode, plus the adapter."""
 
 
+def dropout_problems(lora: LoraSettings | None) -> dict[str, str]:
+    """For `refuse`, in stages that compare the policy with what it was."""
+    is_dropped = lora is not None and lora.dropout
+    why = "has to be 0: policy and reference must agree before the first step"
+    return {"lora.dropout": why} if is_dropped else {}
+
+
 class CheckpointSettings(Settings):
     """Checkpoints inside a stage, from which an interrupted stage resumes."""
 

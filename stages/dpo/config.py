@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from align.recipe.data_settings import Data, Role
 from align.recipe.settings import refuse, source
 from align.recipe.spec import Kind, Slot, StageSpec
-from align.recipe.training_settings import OptimSettings, TrainingSettings
+from align.recipe.training_settings import OptimSettings, TrainingSettings, dropout_problems
 
 LOSS_SETTINGS: dict[str, dict[str, float]] = {
     "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},
@@ -116,9 +116,7 @@ class Config(TrainingSettings):
             problems["label_smoothing"] = "exo compares with the labels' distribution, which needs a share above 0"
         if self.precompute_reference and not self.needs_reference:
             problems["precompute_reference"] = f"the loss {self.loss} has no reference"
-        if self.lora is not None and self.lora.dropout:
-            problems["lora.dropout"] = "has to be 0: policy and reference must agree before the first step"
-        refuse(problems)
+        refuse(problems | dropout_problems(self.lora))
         return self
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset as Table
 from transformers import set_seed
 
 from align.context import Context
@@ -15,7 +12,7 @@ from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.load import local_folder
 from align.models.lora import add_lora, trainable_parameters
-from align.models.opened import Opened, commit_policy, open_policy
+from align.models.opened import commit_policy, open_policy
 from align.models.roles import causal_role
 from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
@@ -47,7 +44,16 @@ def run(config: Config, context: Context) -> StageResult:
     if config.needs_reference:
         with loading(config):
             reference = open_reference(context, config, template, precompute=config.precompute_reference)
-    train_policy(config, context, model, reference, opened, rows.train.table, sample)
+    arguments = trainer_arguments(config, context, config.optim, len(rows.train))
+    run_training(
+        # Held by nothing else: trainer and optimiser are gone afterwards, and there is room for measuring.
+        PreferenceTrainer(config, model, reference, arguments, rows.train.table, opened.tokenizer),
+        context,
+        keep_checkpoints=config.checkpoint.keep,
+        shown={"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"},
+        sample=sample,
+        samples_every=config.samples_every,
+    )
     probes = [row["prompt_ids"] + row["chosen_ids"] for row in (rows.held_out or rows.train)[:NUM_PROBES]]
     trained = trainable_parameters(model)
     ours = causal_role(model)
@@ -59,31 +65,3 @@ def run(config: Config, context: Context) -> StageResult:
         warn_of_displacement(context.job.stage, "chosen", metrics.get("chosen_log_ratio"))
     _, handover = commit_policy(context.commit_model(), model, opened, probes)
     return StageResult({**metrics, "trained_parameters": trained, **rows.counts}, handover)
-
-
-def train_policy(
-    config: Config,
-    context: Context,
-    model: Any,
-    reference: Reference,
-    opened: Opened,
-    train: Table,
-    sample: Callable[[int], None],
-) -> None:
-    """Trains `model` in place. The trainer, with its optimiser, is gone afterwards: there is room for measuring."""
-    trainer = PreferenceTrainer(
-        model,
-        reference,
-        trainer_arguments(config, context, config.optim, len(train)),
-        train,
-        opened.tokenizer,
-    )
-    trainer.config = config
-    run_training(
-        trainer,
-        context,
-        keep_checkpoints=config.checkpoint.keep,
-        shown={"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"},
-        sample=sample,
-        samples_every=config.samples_every,
-    )

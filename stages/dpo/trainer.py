@@ -31,7 +31,11 @@ class PreferenceTrainer(ResponseTrainer):
     """Rows have `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
     responses = ("chosen_ids", "rejected_ids")
-    config: Config
+
+    def __init__(self, config: Config, *arguments: Any):
+        """`arguments` as those of every ResponseTrainer."""
+        super().__init__(*arguments)
+        self.config = config
 
     def row_losses(self, scored: Scored, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of each pair, and its metrics."""

@@ -9,7 +9,7 @@ from pydantic import PositiveFloat, model_validator
 from align.recipe.data_settings import Data, Role
 from align.recipe.settings import refuse, source
 from align.recipe.spec import Kind, Slot, StageSpec
-from align.recipe.training_settings import OptimSettings, TrainingSettings
+from align.recipe.training_settings import OptimSettings, TrainingSettings, dropout_problems
 
 
 class Config(TrainingSettings):
@@ -53,9 +53,7 @@ class Config(TrainingSettings):
         if min(self.batch_size, self.micro_batch_size or self.batch_size) < 2:
             name = "batch_size" if self.micro_batch_size is None else "micro_batch_size"
             problems[name] = "has to be 2 or more: the KL is estimated on the answers of a micro-batch"
-        if self.lora is not None and self.lora.dropout:
-            problems["lora.dropout"] = "has to be 0: policy and reference must agree before the first step"
-        refuse(problems)
+        refuse(problems | dropout_problems(self.lora))
         return self
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset as Table
 from transformers import set_seed
@@ -16,13 +14,13 @@ from align.job import StageResult
 from align.models.handover import NUM_PROBES
 from align.models.load import local_folder
 from align.models.lora import add_lora, trainable_parameters
-from align.models.opened import Opened, commit_policy, open_policy
+from align.models.opened import commit_policy, open_policy
 from align.models.roles import causal_role
 from align.recipe.data_settings import Role
 from align.recipe.engine_settings import EvaluationSettings
 from align.training.passes import prepare_passes
 from align.training.prepared import prepared
-from align.training.responses import Reference, open_reference, reference_role, warn_of_displacement
+from align.training.responses import open_reference, reference_role, warn_of_displacement
 from align.training.rows import judgement_row
 from align.training.trainer import run_training, trainer_arguments
 from stages.kto.config import Config
@@ -46,7 +44,17 @@ def run(config: Config, context: Context) -> StageResult:
     prepare_passes(model, config)
     reference = open_reference(context, config, template, precompute=config.precompute_reference)
     sample = sampler(context, evaluation, model, opened.renderer, prompts)
-    train_policy(config, context, model, reference, opened, rows.train.table, weighing, sample)
+    arguments = trainer_arguments(config, context, config.optim, len(rows.train))
+    train = with_mismatches(rows.train.table, config.max_length, context.seed("mismatches"))
+    run_training(
+        # Held by nothing else: trainer and optimiser are gone afterwards, and there is room for measuring.
+        JudgementTrainer(weighing, model, reference, arguments, train, opened.tokenizer),
+        context,
+        keep_checkpoints=config.checkpoint.keep,
+        shown={"loss": "loss", "kl": "KL", "rewards/good": "good", "rewards/bad": "bad"},
+        sample=sample,
+        samples_every=config.samples_every,
+    )
     probes = [row["prompt_ids"] + row["response_ids"] for row in (rows.held_out or rows.train)[:NUM_PROBES]]
     counts = {
         "good_weight": weighing.good_weight,
@@ -74,32 +82,3 @@ def weigh(config: Config, rows: Table, stage: str) -> Weighing:
         )
     balance = class_weights(num_good, len(rows) - num_good) if config.balance else (1.0, 1.0)
     return Weighing(config.beta, config.good_weight * balance[0], config.bad_weight * balance[1])
-
-
-def train_policy(
-    config: Config,
-    context: Context,
-    model: Any,
-    reference: Reference,
-    opened: Opened,
-    train: Table,
-    weighing: Weighing,
-    sample: Callable[[int], None],
-) -> None:
-    """Trains `model` in place. The trainer, with its optimiser, is gone afterwards: there is room for measuring."""
-    trainer = JudgementTrainer(
-        model,
-        reference,
-        trainer_arguments(config, context, config.optim, len(train)),
-        with_mismatches(train, config.max_length, context.seed("mismatches")),
-        opened.tokenizer,
-    )
-    trainer.weighing = weighing
-    run_training(
-        trainer,
-        context,
-        keep_checkpoints=config.checkpoint.keep,
-        shown={"loss": "loss", "kl": "KL", "rewards/good": "good", "rewards/bad": "bad"},
-        sample=sample,
-        samples_every=config.samples_every,
-    )

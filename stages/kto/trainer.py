@@ -35,7 +35,11 @@ class JudgementTrainer(ResponseTrainer):
 
     responses = ("response_ids", "mismatched_ids")
     trains_second = False
-    weighing: Weighing
+
+    def __init__(self, weighing: Weighing, *arguments: Any):
+        """`arguments` as those of every ResponseTrainer."""
+        super().__init__(*arguments)
+        self.weighing = weighing
 
     def row_losses(self, scored: Scored, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of each answer, and its metrics."""

@@ -10,16 +10,14 @@ from functools import cached_property
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.markup import escape
 
 from align import ranks
 from align.context import Context
 from align.data.render import Renderer
-from align.errors import ConfigError, Interrupted, NumericError, RolloutError
+from align.errors import ConfigError, Interrupted, RolloutError
 from align.evaluation.policy import GoldScorer
 from align.generation.engine import RolloutEngine, Samples, Sampling
-from align.training.masked import largest, moments
+from align.training.masked import largest
 from align.training.optimisers import check_replicas
 from align.training.parity import NUM_PROBES, ParityGuard
 from align.training.progress import StageProgress
@@ -31,27 +29,16 @@ from stages.ppo.correction import correction_metrics, importance_weights
 from stages.ppo.inflight import Batch, Flight
 from stages.ppo.metrics import (
     Phases,
-    distinct_ngrams,
     flight_metrics,
     mismatch,
     rollout_metrics,
     staleness_metrics,
 )
 from stages.ppo.packing import stretch
+from stages.ppo.report import Reporter
 from stages.ppo.rollout import Question, Rollout, join
 from stages.ppo.scorer import Rewarder, Scores
 from stages.ppo.trainer import PPOTrainer
-
-SAMPLES_SHOWN = 4
-
-
-SHOWN = {
-    "reward": "objective/scores",
-    "kl": "objective/kl",
-    "length": "val/response_length",
-    "eos": "val/eos_rate",
-}
-"""Metrics in the progress bar, by their names there."""
 
 
 class Loop:
@@ -74,27 +61,19 @@ class Loop:
         self.config, self.context, self.accelerator = config, context, accelerator
         self.trainer, self.engine, self.rewarder = trainer, engine, rewarder
         self.renderer, self.questions = renderer, questions
-        self.gold = gold
-        facts = {
-            "max_response_tokens": config.rollout.max_response_tokens,
-            "clip_value": config.clip.value,
-            "max_training_score": max_training_score,
-        }
-        self.facts = {name: float(value) for name, value in facts.items() if value is not None}
-        self.history = alarms.History()
+        self.reporter = Reporter(config, context, accelerator, renderer, gold, max_training_score)
         self.flight = self.new_flight() if config.rollout.round_tokens or config.rollout.overlap else None
-        self.console = Console(stderr=True, quiet=not accelerator.is_main_process)
 
     def run(self) -> int:
         """All rollouts, from the newest checkpoint that verifies. Returns their number: fewer than the recipe's when
         the KL budget is spent. Raises Interrupted after a signal."""
         config, context = self.config, self.context
-        start, self.history = load_checkpoint(context, self.trainer, self.flight, layout(self.accelerator))
+        start, self.reporter.history = load_checkpoint(context, self.trainer, self.flight, layout(self.accelerator))
         check_replicas(self.trainer.models)
         context.metrics.truncate_after(start)
         context.samples.truncate_after(start)
         checkpoint_every = config.checkpoint.every_steps or math.ceil(config.rollouts / 10)
-        self.console.print(f"  rollouts: {self.engine.name}, {self.engine.summary}", highlight=False)
+        self.reporter.console.print(f"  rollouts: {self.engine.name}, {self.engine.summary}", highlight=False)
         self.accelerator.init_trackers(context.job.stage, config=None)
         done = start
         with StageProgress(
@@ -103,7 +82,7 @@ class Loop:
             for index in range(start, config.rollouts):
                 metrics, spent = self.rollout(index)
                 done = index + 1
-                self.report(done, metrics, bar)
+                self.reporter.report(done, metrics, bar)
                 if spent:
                     self.budget_spent(done, metrics["objective/kl"])
                     break
@@ -121,7 +100,7 @@ class Loop:
         probes = [question.ids for question in self.questions[:NUM_PROBES]]
         trainer = self.trainer
         return ParityGuard(
-            self.engine, trainer.actor, probes, self.sampling("parity"), trainer.precision, trainer.autocast
+            self.engine, trainer.actor, probes, self.sampling("parity"), trainer.precision, trainer.passes.autocast
         )
 
     def sync(self) -> None:
@@ -136,7 +115,7 @@ class Loop:
             raise ConfigError(
                 f"{stage}: the policy starts at a KL of {kl:.3g} to the reference, above kl.budget {budget:g}; raise it"
             )
-        self.console.print(
+        self.reporter.console.print(
             f"  {stage}, rollout {done}: KL {kl:.3g} is above kl.budget {budget:g}: done", highlight=False
         )
 
@@ -153,8 +132,8 @@ class Loop:
         self._save(done)
 
     def _save(self, done: int) -> None:
-        keep = self.config.checkpoint.keep
-        save_checkpoint(self.context, self.trainer, self.flight, self.history, done, keep, layout(self.accelerator))
+        keep, history = self.config.checkpoint.keep, self.reporter.history
+        save_checkpoint(self.context, self.trainer, self.flight, history, done, keep, layout(self.accelerator))
 
     def rollout(self, index: int) -> tuple[dict[str, float], bool]:
         """One round: sync, sample, score, observe, improve. Returns its metrics, and whether the KL budget is spent:
@@ -208,13 +187,13 @@ class Loop:
             alarms.check_starts_at_reference(difference, self.trainer.rounding)
         rollout, corrected = self.correct(index, batch, rollout)
         metrics = rollout_metrics(rollout, self.trainer.kl_coef, scores, processes)
-        metrics |= self.text_metrics(batch.questions, batch.samples) | corrected
+        metrics |= self.reporter.text_metrics(batch, processes) | corrected
         budget = self.config.kl.budget
         spent = budget is not None and metrics["objective/kl"] > budget
         if not spent:
             with phases.phase("time/learn"):
                 metrics |= self.trainer.improve(rollout, index)
-        self.write_samples(index, batch, scores, rollout)
+        self.reporter.write_samples(index, batch, scores, rollout)
         return metrics, spent
 
     def correct(self, index: int, batch: Batch, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
@@ -234,18 +213,6 @@ class Loop:
         if largest(comparable.double(), processes) > 0:
             metrics |= mismatch(behaviour, rollout, comparable, processes)
         return replace(corrected, weights=weights), metrics
-
-    def text_metrics(self, questions: Sequence[Question], samples: Samples) -> dict[str, float]:
-        """What is read off the responses themselves. `samples/distinct_2` is of this process's: how many n-grams are
-        different does not add up."""
-        rows = samples.rows()
-        metrics = {"samples/distinct_2": distinct_ngrams(rows)}
-        if self.gold is not None:
-            texts = [self.renderer.decode(row) for row in rows]
-            scores = self.gold([one.messages[-1]["content"] for one in questions], texts) if texts else []
-            given = torch.tensor(scores, dtype=torch.float64)
-            metrics["samples/gold"] = moments(given, reduce=self.trainer.processes.sum).mean
-        return metrics
 
     def starts_at_reference(self) -> bool:
         """Whether the reference is the very model that the policy starts from."""
@@ -300,35 +267,3 @@ class Loop:
         questions = self.questions[:count]
         samples = self.sample(questions, "probes")
         return [one.ids + response for one, response in zip(questions, samples.rows(), strict=True)]
-
-    def report(self, done: int, metrics: dict[str, float], bar: StageProgress) -> None:
-        """metrics.jsonl, trackers, progress bar and alarms."""
-        raised: list[alarms.Alarm] = []
-        if "objective/kl" in metrics:  # not in a round that only sampled, which says nothing
-            raised, self.history = alarms.check(metrics, self.history, self.facts)
-        self.context.metrics.write(done, **metrics, alarms=[alarm.name for alarm in raised])
-        self.accelerator.log(metrics, step=done)
-        bar.show(done, **{shown: metrics[name] for shown, name in SHOWN.items() if name in metrics})
-        for alarm in raised:
-            if alarm.fatal:
-                raise NumericError(f"{self.context.job.stage}, rollout {done}: {alarm.message}")
-            self.console.print(f"  [yellow]{self.context.job.stage}, rollout {done}:[/] {escape(alarm.message)}")
-
-    def write_samples(self, index: int, batch: Batch, scores: Scores, rollout: Rollout) -> None:
-        """A few responses of this rollout to samples.jsonl, at fixed rollouts."""
-        every = self.config.samples_every or math.ceil(self.config.rollouts / 10)
-        if index % every or not self.accelerator.is_main_process:
-            return
-        questions, samples = batch.questions, batch.samples
-        kl = torch.where(rollout.responses.mask, rollout.logp_old - rollout.logp_ref, 0).sum(1)
-        for row, response in enumerate(samples.rows()[:SAMPLES_SHOWN]):
-            self.context.samples.write(
-                index + 1,
-                at="rollout",
-                prompt=questions[row].messages[-1]["content"],
-                response=self.renderer.decode(response),
-                finished=bool(samples.finished[row]),
-                reward=float(scores.total[row]),
-                score=float(rollout.scores[row]),
-                kl=float(kl[row]),
-            )

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.errors import NumericError
 from align.models.roles import Role
-from align.training.logprobs import response_states, state_logprobs, state_values
+from align.training.logprobs import state_logprobs
 from align.training.masked import ALONE, Processes, masked_sum
 from align.training.optimisers import DataParallelAdamW, NewOptimiser
 from align.training.precision import loss_scaler, may_overflow
@@ -30,18 +30,12 @@ from stages.ppo.config import Config
 from stages.ppo.ema import Ema
 from stages.ppo.estimators import estimate, shape
 from stages.ppo.kl import adapted
-from stages.ppo.losses import kl_loss, policy_loss, value_loss
 from stages.ppo.metrics import update_metrics
-from stages.ppo.packing import micro_batches
+from stages.ppo.objectives import Objective, Objectives
+from stages.ppo.passes import Passes
 from stages.ppo.ptx import Demonstrations
 from stages.ppo.rewards import assemble
 from stages.ppo.rollout import Responses, Rollout
-
-View = Callable[[Responses], dict[str, Tensor]]
-"""What a role says of some responses, by name."""
-Objective = Callable[[Rollout, Tensor, Responses, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""What a role minimises on some rows of a rollout, given their numbers, themselves, and their states; a sum over
-tokens. And sums and maxima to be shown."""
 
 ROUNDING = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 """Largest difference of a token's log-probability between two passes of the same weights, by the dtype of the passes.
@@ -74,7 +68,8 @@ class PPOTrainer:
         self.config, self.seed, self.warmup = config, seed, warmup
         self.actor, self.critic, self.reference = actor, critic, reference
         self.processes, self.demonstrations = processes, demonstrations
-        self.shares_states = config.has_critic and config.critic.kind == "shared-head"
+        self.passes = Passes(config, actor, critic, reference, processes, precision)
+        self.objectives = Objectives(config, actor, critic, self.passes.autocast)
         self.models = {"actor": actor} | ({} if critic is None else {"critic": critic})
         self.settings = {"actor": config.optim, "critic": config.critic.optim}
         self.ema = Ema(dict(actor.named_parameters()), config.ema) if config.ema else None
@@ -97,7 +92,7 @@ class PPOTrainer:
         must be 1.
         """
         config = self.config
-        seen = self._look(responses)
+        seen = self.passes.look(responses)
         values = seen.get("values")
         token_scores = token_scores.to(seen["logp"].dtype)
         shaped, counted = shape(config, token_scores, responses)
@@ -151,48 +146,6 @@ class PPOTrainer:
         if kl.target is not None and index >= self.warmup:
             self.kl_coef = adapted(self.kl_coef, measured_kl, kl.target, kl.horizon, responses)
 
-    def _look(self, responses: Responses) -> dict[str, Tensor]:
-        """logp, reference, entropy (B,T) and, with a critic, values (B,T+1) of all responses; 0 where masked."""
-        order = self._micro_batches(responses)
-        batches = [responses.rows(index) for index in order]
-        views: list[tuple[Role, View]] = [(self.actor, self._actors_view), (self.reference, self._references_view)]
-        if self.critic is not None and not self.shares_states:
-            views.append((self.critic, self._critics_view))
-        back, seen = torch.cat(order).argsort(), {}
-        for role, view in views:
-            seen |= {name: part[back] for name, part in self._view(role, view, batches, responses.width).items()}
-        return seen
-
-    def _view(self, role: Role, view: View, batches: Sequence[Responses], width: int) -> dict[str, Tensor]:
-        """What a role says of all batches: an offloaded one is moved once."""
-        parts: dict[str, list[Tensor]] = defaultdict(list)
-        with role.active(), self.autocast():
-            for batch in batches:
-                for name, part in view(batch).items():
-                    parts[name].append(nn.functional.pad(part, (0, width - batch.width)))
-        return {name: torch.cat(part) for name, part in parts.items()}
-
-    def _actors_view(self, batch: Responses) -> dict[str, Tensor]:
-        states = self._states(self.actor, batch)
-        temperature = self.config.rollout.temperature
-        logp, entropy = state_logprobs(
-            self.actor, states[:, :-1], batch.tokens, batch.mask, temperature, with_entropy=True
-        )
-        assert entropy is not None
-        seen = {"logp": logp, "entropy": entropy}
-        if self.critic is not None and self.shares_states:
-            seen["values"] = state_values(self.critic, states)
-        return seen
-
-    def _references_view(self, batch: Responses) -> dict[str, Tensor]:
-        states, temperature = self._states(self.reference, batch), self.config.rollout.temperature
-        logp, _ = state_logprobs(self.reference, states[:, :-1], batch.tokens, batch.mask, temperature)
-        return {"reference": logp}
-
-    def _critics_view(self, batch: Responses) -> dict[str, Tensor]:
-        assert self.critic is not None
-        return {"values": state_values(self.critic, self._states(self.critic, batch))}
-
     def _minibatches(self, rows: int, number: int) -> tuple[Tensor, ...]:
         """The rows of each optimiser step of pass `number`, in a fresh order."""
         generator = torch.Generator().manual_seed(self.seed + 100_003 * number)
@@ -237,15 +190,16 @@ class PPOTrainer:
         maxima."""
         minibatch = minibatch[rollout.learned[minibatch].any(1).cpu()]
         objectives: dict[str, Objective] = {}
-        if self.shares_states:
+        policy = partial(self.objectives.policy, kl_coef=self.kl_coef)
+        if self.passes.shares_states:
             owner = "actor" if train_actor else "critic"
-            objectives[owner] = partial(self._joint_objective, train_actor=train_actor)
+            objectives[owner] = partial(self.objectives.joint, policy=policy if train_actor else None)
         elif train_actor:
-            objectives["actor"] = self._policy_objective
-        if self.critic is not None and not self.shares_states:
-            objectives["critic"] = self._value_objective
-        batches = self._micro_batches(rollout.responses, minibatch)
-        train_body = train_actor or not self.shares_states
+            objectives["actor"] = policy
+        if self.critic is not None and not self.passes.shares_states:
+            objectives["critic"] = self.objectives.value
+        batches = self.passes.micro_batches(rollout.responses, minibatch)
+        train_body = train_actor or not self.passes.shares_states
         sums: dict[str, Tensor] = {}
         for name, objective in objectives.items():
             sums |= self._accumulate(name, objective, rollout, batches, weight, train_body)
@@ -266,67 +220,14 @@ class PPOTrainer:
         for index in batches:
             batch = rollout.responses.rows(index)
             with role.active():
-                with self.autocast(), torch.set_grad_enabled(train_body):
-                    states = self._states(role, batch)
+                with self.passes.autocast(), torch.set_grad_enabled(train_body):
+                    states = self.passes.states(role, batch)
                 total, stats = objective(rollout, index, batch, states)
                 optimiser.backward(total / weight)
             for stat, value in stats.items():
                 known = sums.get(stat, torch.zeros_like(value))
                 sums[stat] = torch.maximum(known, value) if stat.endswith("_max") else known + value
         return sums
-
-    def _policy_objective(
-        self, rollout: Rollout, index: Tensor, batch: Responses, states: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the actor minimises on some rows: sums over their tokens."""
-        config = self.config
-        columns = slice(0, batch.width)
-        old, reference, advantages, learned = (
-            tensor[index, columns]
-            for tensor in (rollout.logp_old, rollout.logp_ref, rollout.advantages, rollout.learned)
-        )
-        with self.autocast():
-            logp, entropy = state_logprobs(
-                self.actor,
-                states[:, :-1],
-                batch.tokens,
-                learned,
-                config.rollout.temperature,
-                with_entropy=config.entropy_coef > 0,
-            )
-        objective, stats = policy_loss(logp, old, advantages, learned, config.clip)
-        stats["policy_loss"] = objective.detach()
-        if entropy is not None:
-            objective = objective - config.entropy_coef * masked_sum(entropy, learned)
-        if config.kl.estimator == "k2":
-            weights = None if rollout.weights is None else rollout.weights[index, columns]
-            penalty = kl_loss(logp, old, reference, learned, weights)
-            objective, stats["kl_loss"] = objective + self.kl_coef * penalty, penalty.detach()
-        return objective, stats
-
-    def _value_objective(
-        self, rollout: Rollout, index: Tensor, batch: Responses, states: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the critic minimises on some rows: sums over their tokens."""
-        assert self.critic is not None and rollout.values is not None and rollout.returns is not None
-        old, returns, learned = (
-            tensor[index, : batch.width] for tensor in (rollout.values, rollout.returns, rollout.learned)
-        )
-        with self.autocast():
-            values = state_values(self.critic, states)[:, :-1]
-        value_sum, stats = value_loss(values, old, returns, learned, self.config.clip.value)
-        return value_sum, {"value_loss": value_sum.detach(), "value_clipfrac": stats["clipfrac"]}
-
-    def _joint_objective(
-        self, rollout: Rollout, index: Tensor, batch: Responses, states: Tensor, train_actor: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What actor and critic minimise together, where the critic is a head on the actor's states."""
-        total, stats = self._value_objective(rollout, index, batch, states)
-        total = self.config.critic.coef * total
-        if train_actor:
-            policy_sum, policy_stats = self._policy_objective(rollout, index, batch, states)
-            total, stats = policy_sum + total, {**policy_stats, **stats}
-        return total, stats
 
     def _add_demonstrations(self) -> float:
         """Adds the gradient of PPO-ptx: coef * mean negative log-likelihood per response token (Ouyang et al. 2022).
@@ -335,32 +236,16 @@ class PPOTrainer:
         batch = self.demonstrations.batch(self.num_steps)
         tokens = self._total(batch.lengths.sum())
         total = 0.0
-        for index in self._micro_batches(batch):
+        for index in self.passes.micro_batches(batch):
             part = batch.rows(index)
             with self.actor.active():
-                with self.autocast():
-                    states = self._states(self.actor, part)
+                with self.passes.autocast():
+                    states = self.passes.states(self.actor, part)
                     logp, _ = state_logprobs(self.actor, states[:, :-1], part.tokens, part.mask, 1.0)
                 loss = -masked_sum(logp, part.mask)
                 self.optimisers["actor"].backward(self.config.ptx.coef * loss / tokens)
             total += float(loss.detach())
         return self._total(torch.tensor(total)) / tokens
-
-    def _micro_batches(self, responses: Responses, picked: Tensor | None = None) -> list[Tensor]:
-        """The rows of each forward pass, of all rows or of those picked. Row numbers stay on the CPU. Every process
-        makes as many passes as the one that needs most, at last without rows: a model may be in parts on all of them.
-        """
-        picked = torch.arange(len(responses.lengths)) if picked is None else picked
-        lengths = responses.prompt_lengths[picked].cpu(), responses.lengths[picked].cpu()
-        parts = micro_batches(*lengths, self.config.micro_batch_size, self.config.micro_batch_tokens)
-        passes = int(self.processes.max(torch.tensor([len(parts)])))
-        return [picked[part] for part in parts] + [picked[:0]] * (passes - len(parts))
-
-    def _states(self, role: Role, batch: Responses) -> Tensor:
-        if not len(batch.lengths):  # a pass all the same, of two tokens that count for nothing
-            ids = batch.input_ids.new_zeros(1, 2)
-            return response_states(role, ids, torch.ones_like(ids), 1)[:0]
-        return response_states(role, batch.input_ids, batch.attention_mask, batch.width)
 
     def _total(self, count: Tensor) -> float:
         """The sum of a number over all processes."""
@@ -375,10 +260,6 @@ class PPOTrainer:
                 found = reduce(torch.stack(list(some.values()))) / (1 if are_maxima else tokens)
                 averages |= dict(zip(some, found.tolist(), strict=True))
         return averages
-
-    def autocast(self) -> torch.autocast:
-        """The precision that passes are computed in."""
-        return torch.autocast(self.actor.device.type, dtype=self.precision, enabled=self.precision is not torch.float32)
 
     def _zero_grad(self) -> None:
         for optimiser in self.optimisers.values():

@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from align import ranks
-from align.context import Context, StopFlag
 from align.errors import AlignError, RolloutError
 from align.generation.engine import Samples
-from align.job import Input, Job
+from align.job import Input
 from align.models.adapters import AdaptedBase
 from align.models.opened import open_policy
 from align.models.roles import causal_role
@@ -37,7 +36,7 @@ from stages.ppo.settings import CriticSettings, MissingEosSettings, RolloutSetti
 from stages.ppo.trainer import PPOTrainer
 from tests.distributed.process import signal_at
 from tests.models.tiny import FOR_VLLM, new_opened, save_policy
-from tests.stages.harness import Watched
+from tests.stages.harness import Watched, new_context
 
 torch.set_num_threads(1)
 
@@ -134,23 +133,8 @@ def train(name: str, policy: Input, target: Path, processes: Processes, process:
 def run_stage(name: str, folder: Path, policy: Input, data: str, stops: bool = False) -> dict[str, Any]:
     """What this process has to say of a stage."""
     kind, settings, at = STAGES[name]
-    directory = folder / name
-    directory.mkdir(exist_ok=True)
     config = load_specs()[kind].config.model_validate(settings | {"data": {"path": data, "held_out": 0.2}})
-    job = Job(
-        stage=kind,
-        kind=kind,
-        version=1,
-        fingerprint="0" * 64,
-        seed=0,
-        directory=str(directory),
-        config=settings,
-        inputs={"policy": policy, "reference": policy},
-        evaluation={"prompts": 4, "max_response_tokens": 6},
-        track=[],
-        identity={},
-    )
-    context = Context(job, StopFlag(), process=ranks.rank(), processes=ranks.size())
+    context = new_context(kind, folder / name, {"policy": policy, "reference": policy}, settings)
     if stops and ranks.rank() == ranks.size() - 1:
         assert at is not None
         context.metrics = Watched(context, signal_at(at))

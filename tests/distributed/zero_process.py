@@ -19,16 +19,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from align import ranks
-from align.context import Context, StopFlag
 from align.errors import AlignError, NumericError
-from align.job import Input, Job
+from align.job import Input
 from align.pipeline.processes import end
 from align.training.masked import Processes
 from align.training.zero import new_optimiser
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from tests.distributed.process import signal_at, use
 from tests.distributed.zero_roles import ROLLOUTS, TRAINERS, new_roles, new_trainer, responses, train, weights
-from tests.stages.harness import Watched
+from tests.stages.harness import Watched, new_context
 
 torch.set_num_threads(1)
 MINE = ([0, 1, 2, 3, 4], [5, 6, 7])
@@ -43,7 +42,7 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     trainer = new_trainer(new_roles(variant, strategy), **settings)
     metrics = train(trainer, mine, range(ROLLOUTS - 1))
     held = {name: sum(held_of(one) for one in role.module.parameters()) for name, role in roles_of(trainer).items()}
-    context = new_context(folder, "checkpoints", {})
+    context = new_context("checkpoints", folder, {}, {})
     save_checkpoint(context, trainer, None, load_checkpoint(context, trainer)[1], ROLLOUTS - 1, 1, {"zero": strategy})
     metrics += train(trainer, mine, range(ROLLOUTS - 1, ROLLOUTS))
 
@@ -80,31 +79,13 @@ def roles_of(trainer: Any) -> dict[str, Any]:
     return trainer.models | {"reference": trainer.reference}
 
 
-def new_context(folder: Path, stage: str, inputs: dict[str, Input], **settings: Any) -> Context:
-    """Of a stage in a folder."""
-    job = Job(
-        stage=stage,
-        kind=stage,
-        version=1,
-        fingerprint="0" * 64,
-        seed=0,
-        directory=str(folder),
-        config=settings,
-        inputs=inputs,
-        evaluation={"prompts": 4, "max_response_tokens": 6},
-        track=[],
-        identity={},
-    )
-    return Context(job, StopFlag(), process=ranks.rank(), processes=ranks.size())
-
-
 def run_stage(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """What this process has to say of a whole stage."""
     use(case["strategy"])
     AcceleratorState._reset_state()  # it is made once per process, and would be of the first case
     PartialState().distributed_type = DistributedType.MULTI_CPU
     inputs = {name: Input(**given) for name, given in case["inputs"].items()}
-    context = new_context(folder, "ppo", inputs, **case["settings"])
+    context = new_context("ppo", folder, inputs, case["settings"])
     if "stop" in case and ranks.rank() == ranks.size() - 1:
         context.metrics = Watched(context, signal_at(case["stop"]))
     stage = importlib.import_module("stages.ppo.run")

@@ -14,11 +14,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from align.context import Context, StopFlag
+from align.context import Context
 from align.errors import ArtifactError, Interrupted, NumericError
 from align.generation.engine import Samples, Sampling
 from align.generation.transformers_engine import TransformersEngine
-from align.job import Job
 from align.recipe.data_settings import DataSettings
 from align.recipe.training_settings import CheckpointSettings, LoraSettings, OptimSettings
 from align.training.checkpoints import checkpoint_folder
@@ -32,6 +31,7 @@ from stages.ppo.run import new_rewarder, text_scorers, warmup_rollouts
 from stages.ppo.settings import CriticSettings, KLSettings, PtxSettings, RolloutSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import Tiny
+from tests.stages.harness import new_context
 
 QUESTIONS = 7
 PHASES = {"time/rollout", "time/score", "time/observe", "time/learn", "time/sync", "time/wait"}
@@ -58,21 +58,8 @@ def make_config(**changes) -> Config:
 
 
 def make_context(tiny: Tiny, directory: Path, seed: int = 0) -> Context:
-    directory.mkdir(parents=True, exist_ok=True)
-    job = Job(
-        stage="ppo",
-        kind="ppo",
-        version=1,
-        fingerprint="0" * 64,
-        seed=seed,
-        directory=str(directory),
-        config={},
-        inputs={"policy": tiny.llama, "reference": tiny.llama, "reward": tiny.reward},
-        evaluation={},
-        track=[],
-        identity={},
-    )
-    return Context(job, StopFlag())
+    inputs = {"policy": tiny.llama, "reference": tiny.llama, "reward": tiny.reward}
+    return new_context("ppo", directory, inputs, {}, seed)
 
 
 def make_loop(
@@ -191,7 +178,7 @@ def assert_same_run(loop: Loop, other: Loop) -> None:
     assert lines(loop) == lines(other)
     assert loop.trainer.num_steps == other.trainer.num_steps
     assert loop.trainer.kl_coef == other.trainer.kl_coef
-    assert loop.history == other.history
+    assert loop.reporter.history == other.reporter.history
 
 
 def damage(checkpoints: Path, rollouts: int) -> None:

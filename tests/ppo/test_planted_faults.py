@@ -237,8 +237,8 @@ def test_the_runs_without_a_fault_are_silent(run, tmp_path):
     """All the rollouts that the faults below are given, and every rule had the metrics that it needs to speak."""
     loop = run.loop(tmp_path)
     assert watched(loop)[0] == []
-    known = {name for row in loop.context.metrics.read() for name in row} | loop.facts.keys()
-    known |= {f"first/{name}" for name in loop.history.first}
+    known = {name for row in loop.context.metrics.read() for name in row} | loop.reporter.facts.keys()
+    known |= {f"first/{name}" for name in loop.reporter.history.first}
     assert [name for rule in RULES for name in rule.needs if name not in known] == []
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from align.context import Context
 from align.evaluation.scorer import RewardModel, RewardScorer, shares_tokenizer
 from align.generation.engine import Samples
-from align.job import Job
 from align.models.load import load_tokenizer
 from align.models.opened import Opened, open_policy, open_reward
 from align.models.reward import score_sequences
@@ -22,6 +20,7 @@ from stages.ppo.models import open_models
 from stages.ppo.rollout import join
 from stages.ppo.scorer import Rewarder
 from tests.ppo.conftest import REWARD_MEAN, REWARD_STD, Tiny
+from tests.stages.harness import new_context
 
 QUESTION = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a cat?"}]
 
@@ -209,21 +208,9 @@ def test_which_critic_a_run_starts_with(tiny, policy, reward, other_reward, tmp_
     the policy's backbone."""
     ids = [*policy.renderer.prompt(QUESTION), policy.renderer.end_of_turn]
     for source, opened in ((tiny.reward, reward), (tiny.other_reward, other_reward)):
-        job = Job(
-            stage="ppo",
-            kind="ppo",
-            version=1,
-            fingerprint="0" * 64,
-            seed=0,
-            directory=str(tmp_path),
-            config={},
-            inputs={"policy": tiny.llama, "reference": tiny.llama, "reward": source},
-            evaluation={},
-            track=[],
-            identity={},
-        )
+        inputs = {"policy": tiny.llama, "reference": tiny.llama, "reward": source}
         config = Config(data=DataSettings(path="prompts.jsonl", template="chat"))
-        models = open_models(config, Context(job), torch.device("cpu"))
+        models = open_models(config, new_context("ppo", tmp_path, inputs, {}), torch.device("cpu"))
         assert models.critic is not None
         given = torch.tensor([ids])
         states = response_states(models.critic, given, torch.ones_like(given), 1)

@@ -231,6 +231,29 @@ def test_data_option_is_used_when_one_requested_stage_has_no_data_of_its_own():
     assert recipe.settings.data is not None
 
 
+def test_a_stage_that_names_no_files_changes_the_recipes_data_for_itself(folder):
+    """With --data and with the file's `data`; paths are absolute and stay as they are."""
+    recipe = load(
+        "data: {path: a.jsonl, held_out: 0.3}\nsft: {data: {system: Be brief.}}\nreward:\n", "dpo.data.held_out=0.2"
+    )
+    sft, dpo = config(recipe, "sft").data, config(recipe, "dpo").data
+    path = str(folder / "recipes/a.jsonl")
+    assert (sft.path, sft.held_out, sft.system) == (path, 0.3, "Be brief.")
+    assert (dpo.path, dpo.held_out, dpo.system) == (path, 0.2, None)
+    assert config(recipe, "reward").data is None
+    option = load(None, "dpo.data.max_rows=5", requested=["dpo"], data="b.jsonl")
+    assert config(option, "dpo").data.path == str(folder / "b.jsonl")
+    assert config(option, "dpo").data.max_rows == 5
+    assert option.settings.data and option.settings.data.max_rows is None
+
+
+def test_a_stage_that_names_its_files_takes_nothing_of_the_recipes_data():
+    text = "data: {path: a.jsonl, held_out: 0.3}\nsft: {data: b.jsonl}\nppo: {data: {mixture: {c: c.jsonl}}}\n"
+    recipe = load(text, "sft.data.max_rows=5")
+    assert config(recipe, "sft").data.held_out == 0.1
+    assert config(recipe, "ppo").data.path is None
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -61,6 +61,32 @@ def write_data(folder: Path) -> dict[str, str]:
     )
 
 
+def new_context(
+    kind: str,
+    directory: Path,
+    inputs: dict[str, Input],
+    settings: dict[str, Any],
+    seed: int = 0,
+    evaluation: dict[str, Any] | None = None,
+) -> Context:
+    """What this process of a stage is given, in a folder of its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    job = Job(
+        stage=kind,
+        kind=kind,
+        version=1,
+        fingerprint="0" * 64,
+        seed=seed,
+        directory=str(directory),
+        config=settings,
+        inputs=inputs,
+        evaluation={"prompts": 4, "max_response_tokens": 6, **(evaluation or {})},
+        track=[],
+        identity={},
+    )
+    return Context(job, StopFlag(), process=ranks.rank(), processes=ranks.size())
+
+
 @dataclass(frozen=True)
 class Run:
     """A stage that can be run in its folder, as often as a test wants to."""
@@ -76,21 +102,8 @@ class Run:
         return importlib.import_module(f"stages.{self.kind}.config").Config.model_validate(self.settings)
 
     def context(self) -> Context:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        job = Job(
-            stage=self.kind,
-            kind=self.kind,
-            version=1,
-            fingerprint="0" * 64,
-            seed=self.seed,
-            directory=str(self.directory),
-            config=self.settings,
-            inputs={"policy": self.policy},
-            evaluation={"prompts": 4, "max_response_tokens": 6, **self.evaluation},
-            track=[],
-            identity={},
-        )
-        return Context(job, StopFlag(), process=ranks.rank(), processes=ranks.size())
+        inputs = {"policy": self.policy}
+        return new_context(self.kind, self.directory, inputs, self.settings, self.seed, self.evaluation)
 
     def __call__(self, at_step: Callable[[Context, int], None] | None = None) -> StageResult:
         """Runs the stage; `at_step` is called when the metrics of a step are written."""

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.context import Context, StopFlag
+from align.context import Context
 from align.errors import ConfigError, DataError
-from align.job import Input, Job, StageResult
+from align.job import Input, StageResult
 from align.models.opened import open_policy
 from align.recipe.data_settings import DataSettings, Role
 from align.records import read_manifest
@@ -23,7 +23,7 @@ from stages.ppo.models import open_models
 from stages.ppo.run import run, training_questions
 from stages.ppo.settings import KLSettings, MissingEosSettings
 from tests.models.tiny import FOR_VLLM, new_opened, save_policy
-from tests.stages.harness import LORA
+from tests.stages.harness import LORA, new_context
 
 NF4: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8, "quantise": "nf4"}}
 OPTIM = {"lr": 1e-2, "eps": 1e-5}
@@ -114,21 +114,7 @@ def new_job(base: Input, files, finished, new_run, tmp_path_factory):
         config = load_specs()[kind].config.model_validate(settings)
         policy = base if config.rollout.engine == "transformers" else wide
         inputs = {"policy": policy, "reference": policy, **dict.fromkeys(config.sources("reward"), reward)}
-        job = Job(
-            stage=kind,
-            kind=kind,
-            version=1,
-            fingerprint="0" * 64,
-            seed=0,
-            directory=str(directory),
-            config=settings,
-            inputs=inputs,
-            evaluation={"prompts": 4, "max_response_tokens": 6},
-            track=[],
-            identity={},
-        )
-        directory.mkdir(parents=True, exist_ok=True)
-        return config, Context(job, StopFlag())
+        return config, new_context(kind, directory, inputs, settings)
 
     return make
 
