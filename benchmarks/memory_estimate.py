@@ -102,8 +102,8 @@ Made by `python benchmarks/memory_estimate.py`.
 {rows}
 
 *estimated* is what `align plan --memory` says before anything runs, *measured* the most that a process of the stage
-ever held resident (`peak_memory` in its record.json), both in MiB: on a CPU, in float32, one run each. ddp, zero2 and
-zero3 have {processes} processes; measured is the larger. *made of* is the estimate, part by part. {within} of {count}
+ever held resident (`peak_memory` in its record.json), both in MiB: on a CPU, in float32, one run each. ddp, zero2,
+zero3 and fsdp have {processes} processes; measured is the larger. *made of* is the estimate, part by part. {within} of {count}
 combinations are within {bound:.0%}, {within_several} of {count_several} of those with several processes; the largest
 difference is {largest:+.1%}.
 
@@ -115,13 +115,18 @@ of 117, packed). *process* is Python and its libraries: measured in this environ
 
 What several processes add follows from the code of the libraries (`align/pipeline/estimate/strategies.py`). ddp has
 flat buckets, a copy of all gradients to the end of the stage. DeepSpeed has its bucket of gradients, the copy of it
-that is reduced, and the share of gradients that is kept. zero3 has the weights that are gathered and, after training,
-the whole ones beside their shares; on a CPU also what gloo copies, and weights that were let go and stay in the heap,
-both found by following sft. With two processes and fewer than half a billion weights ZeRO needs as much as ddp or more,
-because all gradients fit into one bucket, and all weights may stay gathered.
+that is reduced, the share of gradients that is kept, and a second copy of its share of the weights, also in float32.
+zero3 has the weights that are gathered and, after training, the whole ones beside their shares; on a CPU also what gloo
+copies, and weights that were let go and stay in the heap, both found by following sft. fsdp has two layers whole at a
+time. With two processes and fewer than half a billion weights ZeRO needs as much as ddp or more, because all gradients
+fit into one bucket, and all weights may stay gathered.
 
-What was measured varies: an earlier table of the same stages had up to 13% less (reward, full: 2302). Not measured:
-GPUs, zero1, offloading, more than {processes} processes. Their figures are the same formulas with other bytes per
+The loop of ppo and grpo is our own: it adds up 64 MiB of gradients at a time, under every strategy, and of models in
+parts only the policy is ever whole. What the estimate leaves out under zero3 is the file of a reward model: the head,
+which stays whole, keeps all of it mapped. Those pages are shared by the processes, and given back where memory is short.
+
+What was measured varies from run to run: reward, full, in one process took 2302, 2633 and 2721 MiB. Not measured: GPUs,
+zero1, offloading, more than {processes} processes. Their figures are the same formulas with other bytes per
 number.
 """
 
