@@ -1,9 +1,9 @@
 """What `align plan --memory` says against what a stage needed: `python benchmarks/memory_estimate.py`.
 
 Writes docs/memory_estimate.md. What was measured is kept in memory_estimate.json, so after a change of a formula the
-page is made anew in a minute; only rows that are not there are run. Rows that match a pattern, such as 'ppo *' or
-'* zero3', are measured again; those that ended under runs/ are taken from there. Another combination is a line of
-ONE_PROCESS or SEVERAL.
+page is made anew in minutes: only rows that are not there are run. With patterns of rows, such as 'ppo *' or '* zero3',
+those are measured, again if need be, and no others; what ended under runs/ is taken from there. Another combination is
+a line of ONE_PROCESS or SEVERAL.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ Made by `python benchmarks/memory_estimate.py`.
 
 *estimated* is what `align plan --memory` says before anything runs, *measured* the most that a process of the stage
 ever held resident (`peak_memory` in its record.json), both in MiB: on a CPU, in float32, one run each. ddp, zero2,
-zero3 and fsdp have {processes} processes; measured is the larger. *made of* is the estimate, part by part. {within} of {count}
-combinations are within {bound:.0%}, {within_several} of {count_several} of those with several processes; the largest
-difference is {largest:+.1%}.
+zero3 and fsdp have {processes} processes; measured is the larger. *made of* is the estimate, part by part. {within} of
+{count} combinations are within {bound:.0%}, {within_several} of {count_several} of those with several processes; the
+largest difference is {largest:+.1%}.
 
 The model is a Llama-shaped one with random weights and {parameters:.1f} million parameters, {weights:.0f} MiB
 (`benchmarks/memory_estimate.yaml`); rows have about 104 tokens, passes 8 of them, 4 in each of two processes (ppo: 4
@@ -123,7 +123,7 @@ fit into one bucket, and all weights may stay gathered.
 
 The loop of ppo and grpo is our own: it adds up 64 MiB of gradients at a time, under every strategy, and of models in
 parts only the policy is ever whole. What the estimate leaves out under zero3 is the file of a reward model: the head,
-which stays whole, keeps all of it mapped. Those pages are shared by the processes, and given back where memory is short.
+which stays whole, keeps all of it mapped. Processes share those pages, and give them back where memory is short.
 
 What was measured varies from run to run: reward, full, in one process took 2302, 2633 and 2721 MiB. Not measured: GPUs,
 zero1, offloading, more than {processes} processes. Their figures are the same formulas with other bytes per
@@ -214,16 +214,18 @@ def page(found: Sequence[Compared]) -> str:
 
 
 def main(patterns: Sequence[str]) -> None:
-    """Measures what is not known or named, one row at a time; then estimates all rows and writes the page."""
+    """Measures what is named or else not known, one row at a time; then estimates all that is known and writes the
+    page."""
     write_data()
     run(["base"], {}, recipe=RECIPE, name=NAME)  # rows are counted in its tokens
     measured = json.loads(MEASURED.read_text(encoding="utf-8"))
     combinations = (*ONE_PROCESS, *SEVERAL)
     for one in combinations:
-        if str(one) not in measured or any(fnmatch(str(one), pattern) for pattern in patterns):
+        if any(fnmatch(str(one), pattern) for pattern in patterns) if patterns else str(one) not in measured:
             measured[str(one)] = measure(one)
             MEASURED.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    save_page("memory_estimate", page([Compared(one, estimate(one), measured[str(one)]) for one in combinations]))
+    known = [one for one in combinations if str(one) in measured]
+    save_page("memory_estimate", page([Compared(one, estimate(one), measured[str(one)]) for one in known]))
 
 
 if __name__ == "__main__":
