@@ -1,7 +1,9 @@
 """What `align plan --memory` says against what a stage needed: `python benchmarks/memory_estimate.py`.
 
-Writes docs/memory_estimate.md. Its runs are kept under runs/, so a second call only adds what is missing. Another
-combination is a line of ONE_PROCESS or SEVERAL.
+Writes docs/memory_estimate.md. What was measured is kept in memory_estimate.json, so after a change of a formula the
+page is made anew in minutes: only rows that are not there are run. With patterns of rows, such as 'ppo *' or '* zero3',
+those are measured, again if need be, and no others; what ended under runs/ is taken from there. Another combination is
+a line of ONE_PROCESS or SEVERAL.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ from align.demo.world import WORDS
 
 RECIPE, NAME = "benchmarks/memory_estimate.yaml", "memory-estimate"
 DATA = Path("runs/memory_estimate_data")
+MEASURED = Path(__file__).with_suffix(".json")
+"""Bytes, by row."""
 LORA = {"rank": 16, "alpha": 32}
 NF4 = {**LORA, "quantise": "nf4"}
 
@@ -34,6 +40,9 @@ class Combination:
     settings: dict[str, Any]
     strategy: str = "one"
 
+    def __str__(self) -> str:
+        return f"{self.stage} {self.method} {self.strategy}"
+
     @property
     def name(self) -> str:
         """Of its run: how a stage is launched is in no fingerprint, so each strategy has a run of its own."""
@@ -41,9 +50,11 @@ class Combination:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Of the recipe."""
+        """Of the recipe. A reward model that a stage needs is a row of the same run, so it is launched alike."""
+        if self.strategy == "one":
+            return self.settings
         launch = {"processes": PROCESSES, "strategy": self.strategy}
-        return self.settings | ({} if self.strategy == "one" else {f"{self.stage}.launch": launch})
+        return self.settings | {f"{stage}.launch": launch for stage in (self.stage, "reward")}
 
 
 ONE_PROCESS = (
@@ -65,15 +76,19 @@ ONE_PROCESS = (
     Combination("ppo", "LoRA", {"reward.lora": LORA, "ppo.lora": LORA}),
     Combination("grpo", "full", {}),
 )
+SHARDED = ("zero2", "zero3", "fsdp")
 SEVERAL = tuple(
-    Combination(stage, method, {f"{stage}.lora": LORA} if method == "LoRA" else {}, strategy)
-    for strategy, method, stages in (
-        ("ddp", "full", ("sft", "reward", "dpo")),
-        ("zero2", "full", ("sft", "reward", "dpo")),
-        ("zero3", "full", ("sft", "reward", "dpo")),
-        ("ddp", "LoRA", ("sft",)),
+    Combination(stage, method, settings, strategy)
+    for stage, method, settings, strategies in (
+        ("sft", "full", {}, ("ddp", *SHARDED)),
+        ("reward", "full", {}, ("ddp", *SHARDED)),
+        ("dpo", "full", {}, ("ddp", *SHARDED)),
+        ("sft", "LoRA", {"sft.lora": LORA}, ("ddp", *SHARDED)),
+        ("sft", "QLoRA", {"sft.lora": NF4}, ("ddp",)),
+        ("ppo", "full", {}, ("ddp", *SHARDED)),
+        ("grpo", "LoRA", {"reward.lora": LORA, "grpo.lora": LORA}, ("ddp", "zero2", "zero3")),
     )
-    for stage in stages
+    for strategy in strategies
 )
 PROCESSES = 2
 ROWS, WORDS_PER_TEXT = 40, 48
@@ -87,10 +102,10 @@ Made by `python benchmarks/memory_estimate.py`.
 {rows}
 
 *estimated* is what `align plan --memory` says before anything runs, *measured* the most that a process of the stage
-ever held resident (`peak_memory` in its record.json), both in MiB: on a CPU, in float32, one run each. ddp, zero2 and
-zero3 have {processes} processes; measured is the larger. *made of* is the estimate, part by part. {within} of {count}
-combinations are within {bound:.0%}, {within_several} of {count_several} of those with several processes; the largest
-difference is {largest:+.1%}.
+ever held resident (`peak_memory` in its record.json), both in MiB: on a CPU, in float32, one run each. ddp, zero2,
+zero3 and fsdp have {processes} processes; measured is the larger. *made of* is the estimate, part by part. {within} of
+{count} combinations are within {bound:.0%}, {within_several} of {count_several} of those with several processes; the
+largest difference is {largest:+.1%}.
 
 The model is a Llama-shaped one with random weights and {parameters:.1f} million parameters, {weights:.0f} MiB
 (`benchmarks/memory_estimate.yaml`); rows have about 104 tokens, passes 8 of them, 4 in each of two processes (ppo: 4
@@ -100,13 +115,18 @@ of 117, packed). *process* is Python and its libraries: measured in this environ
 
 What several processes add follows from the code of the libraries (`align/pipeline/estimate/strategies.py`). ddp has
 flat buckets, a copy of all gradients to the end of the stage. DeepSpeed has its bucket of gradients, the copy of it
-that is reduced, and the share of gradients that is kept. zero3 has the weights that are gathered and, after training,
-the whole ones beside their shares; on a CPU also what gloo copies, and weights that were let go and stay in the heap,
-both found by following sft. With two processes and fewer than half a billion weights ZeRO needs as much as ddp or more,
-because all gradients fit into one bucket, and all weights may stay gathered.
+that is reduced, the share of gradients that is kept, and a second copy of its share of the weights, also in float32.
+zero3 has the weights that are gathered and, after training, the whole ones beside their shares; on a CPU also what gloo
+copies, and weights that were let go and stay in the heap, both found by following sft. fsdp has two layers whole at a
+time. With two processes and fewer than half a billion weights ZeRO needs as much as ddp or more, because all gradients
+fit into one bucket, and all weights may stay gathered.
 
-What was measured varies: an earlier table of the same stages had up to 13% less (reward, full: 2302). Not measured:
-GPUs, zero1, offloading, more than {processes} processes. Their figures are the same formulas with other bytes per
+The loop of ppo and grpo is our own: it adds up 64 MiB of gradients at a time, under every strategy, and of models in
+parts only the policy is ever whole. What the estimate leaves out under zero3 is the file of a reward model: the head,
+which stays whole, keeps all of it mapped. Processes share those pages, and give them back where memory is short.
+
+What was measured varies from run to run: reward, full, in one process took 2302, 2633 and 2721 MiB. Not measured: GPUs,
+zero1, offloading, more than {processes} processes. Their figures are the same formulas with other bytes per
 number.
 """
 
@@ -153,19 +173,17 @@ def write_data() -> None:
 
 
 def estimate(what: Combination) -> dict[str, Any]:
-    """What the plan says, before the stage has run."""
+    """What the plan says of the stage, as if it had not run."""
     changes = [f"{key}={json.dumps(value)}" for key, value in what.changes.items()]
-    command = [*ALIGN, "plan", what.stage, *changes, "-c", RECIPE, "--run", what.name, "--force", what.stage]
+    command = [*ALIGN, "plan", what.stage, *changes, "-c", RECIPE, "--run", NAME, "--force", what.stage]
     done = subprocess.run([*command, "--memory", "--json"], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)["memory"][what.stage]
 
 
-def compare(what: Combination) -> Compared:
-    """Estimates, then runs; the model is there before, so that rows can be counted in tokens."""
-    run(["base"], {}, recipe=RECIPE, name=what.name)
-    said = estimate(what)
+def measure(what: Combination) -> int:
+    """Runs the stage and those that it needs; the most bytes that one of its processes held."""
     stages = run([what.stage], what.changes, recipe=RECIPE, name=what.name)
-    return Compared(what, said, stages[what.stage].record["peak_memory"]["resident"])
+    return stages[what.stage].record["peak_memory"]["resident"]
 
 
 def within(found: Sequence[Compared]) -> int:
@@ -173,32 +191,42 @@ def within(found: Sequence[Compared]) -> int:
     return sum(abs(one.off) <= BOUND for one in found)
 
 
-def main() -> None:
-    """Runs all combinations, one at a time; writes the page."""
-    write_data()
-    found = [compare(what) for what in (*ONE_PROCESS, *SEVERAL)]
+def page(found: Sequence[Compared]) -> str:
+    """The text of docs/memory_estimate.md."""
     several = [one for one in found if one.what.strategy != "one"]
     parameters = found[0].estimate["parameters"]
-    save_page(
-        "memory_estimate",
-        PAGE.format(
-            rows=table(
-                ("stage", "training", "strategy", "peak while", "made of, MiB", "estimated", "measured", "difference"),
-                [one.row() for one in found],
-            ),
-            within=within(found),
-            count=len(found),
-            within_several=within(several),
-            count_several=len(several),
-            processes=PROCESSES,
-            bound=BOUND,
-            largest=max((one.off for one in found), key=abs),
-            parameters=parameters / 1e6,
-            weights=4 * parameters / MIB,
-            process=found[0].estimate["parts"]["process"] / MIB,
+    return PAGE.format(
+        rows=table(
+            ("stage", "training", "strategy", "peak while", "made of, MiB", "estimated", "measured", "difference"),
+            [one.row() for one in found],
         ),
+        within=within(found),
+        count=len(found),
+        within_several=within(several),
+        count_several=len(several),
+        processes=PROCESSES,
+        bound=BOUND,
+        largest=max((one.off for one in found), key=abs),
+        parameters=parameters / 1e6,
+        weights=4 * parameters / MIB,
+        process=found[0].estimate["parts"]["process"] / MIB,
     )
 
 
+def main(patterns: Sequence[str]) -> None:
+    """Measures what is named or else not known, one row at a time; then estimates all that is known and writes the
+    page."""
+    write_data()
+    run(["base"], {}, recipe=RECIPE, name=NAME)  # rows are counted in its tokens
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    combinations = (*ONE_PROCESS, *SEVERAL)
+    for one in combinations:
+        if any(fnmatch(str(one), pattern) for pattern in patterns) if patterns else str(one) not in measured:
+            measured[str(one)] = measure(one)
+            MEASURED.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    known = [one for one in combinations if str(one) in measured]
+    save_page("memory_estimate", page([Compared(one, estimate(one), measured[str(one)]) for one in known]))
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,6 +11,9 @@ from align.pipeline.estimate.workload import Held, Lengths, Sampling, Step, Work
 from stages.ppo.config import Config
 from stages.ppo.layout import Layout, layout
 
+BUCKET = 2**24
+"""Gradients that are added up over the processes at a time (align.training.optimisers)."""
+
 
 def workload(
     config: Config, inputs: Mapping[str, Input], lengths: Lengths, processes: int, evaluation: Mapping[str, Any]
@@ -34,6 +37,7 @@ def workload(
         optimiser_steps,
         config.rollouts * config.responses * response,
         config.checkpoint.keep,
+        bucket=BUCKET,
     )
 
 
@@ -61,5 +65,5 @@ def _rollout(config: Config, width: int, processes: int) -> Sampling:
     rollout, responses = config.rollout, max(1, config.responses // processes)
     if rollout.engine in {"vllm", "vllm-server"}:
         rows = min(rollout.max_sequences, responses)
-        return Sampling(rows, width, True, rollout.kv_cache_bytes, rollout.gpu_memory, while_training=True)
-    return Sampling(min(rollout.micro_batch_size, responses), width, while_training=True)
+        return Sampling(rows, width, True, rollout.kv_cache_bytes, rollout.gpu_memory)
+    return Sampling(min(rollout.micro_batch_size, responses), width)

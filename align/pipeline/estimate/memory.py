@@ -131,7 +131,7 @@ class _Process:
         trained, frozen = trained_numbers(model, shapes), frozen_bytes(model, shapes, size)
         block = max(shapes.largest, shapes.quantisable // shapes.layers)
         on_gpu, narrow = self.device.is_gpu, narrow_numbers(model, shapes)
-        sizes = {"compute": self.compute, "largest": block, "narrow": narrow}
+        sizes = {"compute": self.compute, "largest": block, "narrow": narrow, "bucket": self.work.bucket}
         found = states(self.strategy, processes, trained, frozen, on_gpu=on_gpu, **sizes)
         if model.offloaded and on_gpu:
             return States(0, 0, 0, found.weights, host=found.weights)
@@ -146,8 +146,13 @@ class _Process:
         return {"process": start, "weights": weights, "optimiser": self.total("optimiser")}
 
     def trained(self) -> dict[str, float]:
-        """What is there when training is over: every process has whole models again, to measure and save them."""
-        return self.resident(self.total("whole")) | {"copies": self.total("left")}
+        """What is there when training is over: every process has whole models again, to measure and save them. In a
+        loop of our own the policy alone is whole, also whenever it samples."""
+        weights = self.total("whole")
+        if self.work.bucket is not None:
+            policy = self.states[self.work.models[0].role]
+            weights = self.total("weights") - policy.weights + policy.whole
+        return self.resident(weights) | {"copies": self.total("left")}
 
     def training(self, step: Step) -> dict[str, float]:
         """While a role computes its passes. As gradients come, activations go: a GPU's allocator uses their memory
@@ -189,11 +194,7 @@ class _Process:
         if one.on_vllm:
             share = self.device.memory * one.gpu_share if self.device.memory is not None else cache
             cache = one.cache_bytes or max(0.0, share)
-        parts = self.trained()
-        if one.while_training:  # of divided models the policy alone is whole
-            policy = self.states[self.work.models[0].role]
-            parts["weights"] = self.total("weights") - policy.weights + policy.whole
-        return parts | {"KV cache": cache, "logits": sampling_logits(shapes, one.rows)}
+        return self.trained() | {"KV cache": cache, "logits": sampling_logits(shapes, one.rows)}
 
     def saving(self) -> dict[str, float]:
         """On a CPU, while the saved model is loaded afresh to be checked; an adapter's base in NF4 is decoded before.

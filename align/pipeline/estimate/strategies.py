@@ -18,7 +18,8 @@ MOMENTS = 8
 MOMENTS_8BIT = 2 + 2 * 4 / 256
 """In 8 bits, each with a float32 scale for every 256 (Dettmers et al. 2022)."""
 MASTER = 4
-"""Bytes of a float32 weight: the one that DeepSpeed updates and rounds the others from."""
+"""Bytes of a float32 weight: the one that DeepSpeed updates and rounds the others from. Where shares are float32 ZeRO-3
+means to update those and have no other, but it compares their device with the name of one, which are never equal."""
 BUCKET = 500_000_000
 """Gradients that DeepSpeed collects before it reduces them (its default reduce_bucket_size). It takes memory for so
 many at once, of which a CPU gives what is written to."""
@@ -93,22 +94,22 @@ def states(
     compute: int,
     largest: int = 0,
     narrow: int = 0,
+    bucket: int | None = None,
     on_gpu: bool = True,
 ) -> States:
     """Of a model with `trained` numbers and `frozen` bytes that are not trained; passes compute in `compute` bytes.
     `largest` is the number of numbers that are gathered together at least, `narrow` that of those whose moments are in
-    8 bits.
+    8 bits, `bucket` that of gradients that a loop of our own adds up at a time (None: the library does).
 
     Example: 7.5 billion numbers on 64 GPUs in bfloat16 take 31.4, 16.6 and 1.9 GB with zero1, zero2 and zero3
     (ZeRO, figure 1; its ddp has 2-byte weights and a float32 copy, torch's has float32 weights and casts).
     """
     deepspeed = strategy.engine == "deepspeed"
     size = compute if deepspeed else 4
-    has_master = deepspeed and not (size == MASTER and "weights" in strategy.divides)  # float32 shares are updated
     bytes_of = {
         "weights": trained * size + frozen,
         "gradients": trained * size,
-        "optimiser": trained * (MOMENTS + (MASTER if has_master else 0)) - narrow * (MOMENTS - MOMENTS_8BIT),
+        "optimiser": trained * (MOMENTS + (MASTER if deepspeed else 0)) - narrow * (MOMENTS - MOMENTS_8BIT),
     }
     here = dict.fromkeys(bytes_of, 0.0) | {"host": 0.0, "disk": 0.0}
     for name, amount in bytes_of.items():
@@ -120,11 +121,12 @@ def states(
         # FSDP reduces a layer at a time; two neighbours are whole, the second fetched while the first computes.
         return States(**here, copies=(2 * min(largest, numbers) + min(largest, trained)) * compute, whole=whole)
     if not deepspeed:
-        # ddp reduces gradients in flat buckets, which hold all of them once more and live as long as the model.
-        buckets = 4.0 * trained if strategy.several else 0.0
+        # ddp reduces gradients in flat buckets, which hold all of them once more and live as long as the model; our own
+        # loop has one, for a moment.
+        buckets = 4.0 * min(bucket or trained, trained) if strategy.several else 0.0
         casts = trained * (compute if compute != 4 else 0)
-        return States(**here, copies=casts + buckets, left=buckets, whole=whole)
-    lasting, passing = _deepspeed_copies(strategy, trained, numbers, largest, processes, on_gpu)
+        return States(**here, copies=casts + buckets, left=0.0 if bucket else buckets, whole=whole)
+    lasting, passing = _deepspeed_copies(strategy, trained, numbers, largest, processes, bucket, on_gpu)
     left = lasting * compute + (here["gradients"] if "gradients" in strategy.divides else 0)
     return States(**here, copies=(lasting + passing) * compute, left=left, whole=whole)
 
@@ -137,25 +139,36 @@ def checkpoint_bytes(strategy: Strategy, trained: int, compute: int, narrow: int
 
 
 def _deepspeed_copies(
-    strategy: Strategy, trained: int, numbers: float, largest: int, processes: int, on_gpu: bool
+    strategy: Strategy,
+    trained: int,
+    numbers: float,
+    largest: int,
+    processes: int,
+    bucket: int | None,
+    on_gpu: bool,
 ) -> tuple[float, float]:
     """Numbers in what is there to the end of the stage, and for a moment.
 
     Gradients are moved into a bucket and copied once more to be reduced. ZeRO-3 has one bucket for good; ZeRO-2, whose
     files say overlap_comm, fills a second one meanwhile, and lets both go after each backward pass. Weights that are
     gathered are let go while the bucket fills: two neighbours of the largest size are whole at least, the second
-    fetched while the first computes; what is needed again soon, by a backward pass, stays.
+    fetched while the first computes; what is needed again soon, by a backward pass, stays, but not in a loop of our
+    own, whose order of calls DeepSpeed does not know.
 
     On a CPU gloo scatters a copy of what it is given, and weights that ZeRO-3 lets go stay in the heap: those that it
-    gathered, and the first shares, which it moved into one buffer.
+    gathered, and, to the end, the first shares, which it moved into one buffer.
     """
     parts_weights = "weights" in strategy.divides
-    gathered = min(numbers, max(2 * largest, REUSED if trained else 0)) if parts_weights else 0
+    reused = REUSED if trained and bucket is None else 0
+    gathered = min(numbers, max(2 * largest, reused)) if parts_weights else 0
     if not trained:
         return 0, gathered
-    buckets = BUCKET * (2 if strategy.divides == _BOTH else 1)
+    bucket = bucket or BUCKET
+    buckets = bucket * (2 if strategy.divides == _BOTH else 1)
     taken = buckets if on_gpu else min(buckets, trained)
-    copied = min(BUCKET, trained)
+    copied = min(bucket, trained)
     if not parts_weights:
         return 0, taken + copied
-    return taken, max(gathered, copied) if on_gpu else gathered + numbers / processes + 2 * copied
+    if on_gpu:
+        return taken, max(gathered, copied)
+    return taken + trained / processes, gathered + 2 * copied

@@ -78,8 +78,6 @@ class Sampling:
     cache_bytes: int | None = None
     """What vLLM's cache is given; None: what the rows need, or the share of a GPU in `gpu_share`."""
     gpu_share: float = 0.0
-    while_training: bool = False
-    """Whether training goes on afterwards."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,9 @@ class Workload:
     """How many are kept."""
     reopened: str | None = None
     """Input that is opened once more after training: the reward stage samples from the policy it started from."""
+    bucket: int | None = None
+    """Gradients that are added up over the processes at a time, in a loop of our own; None: a trainer does all, in the
+    way of its libraries. In such a loop, of models whose weights are divided only the first is ever made whole."""
 
 
 def trained_model(config: TrainingSettings, optim: OptimSettings, *, has_head: bool = True) -> Held:

@@ -20,7 +20,8 @@ from align.pipeline.estimate.activations import (
     sampling_logits,
 )
 from align.recipe.training_settings import LoraSettings
-from align.training import logprobs
+from align.training import logprobs, optimisers
+from stages.ppo import memory as ppo
 from tests.pipeline.estimate.models import TINY
 
 FLOAT32, AUTOCAST = Width(4, 4), Width(4, 2)
@@ -31,6 +32,7 @@ def test_blocks_are_those_of_the_code_that_computes():
     assert (activations.MAX_TOKENS, activations.CPU_BLOCK) == (logprobs.MAX_TOKENS, logprobs.CPU_BLOCK)
     tile = (chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE)
     assert tile == (activations.TILE_TOKENS, activations.TILE_WORDS)
+    assert ppo.BUCKET == optimisers.BUCKET
 
 
 def test_a_token_of_a_padded_pass():

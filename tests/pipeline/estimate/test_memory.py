@@ -69,11 +69,11 @@ def test_on_a_gpu_activations_give_way_to_gradients_and_nothing_is_checked():
     assert memory(again, {"policy": TINY}, device=device).parts["gradients"] == 4 * N
 
 
-def test_after_training_weights_are_whole_and_while_ppo_samples_the_policys_are():
+def test_after_training_weights_are_whole_but_of_ppo_only_the_policys():
     """zero3 on 2 processes in float32: a share of N / 2 numbers of each model, and N beside it where it is whole."""
     models = [Held("actor", "policy", "all"), Held("reference", "policy")]
-    for while_training, numbers in ((False, 3 * N), (True, 2 * N)):
-        work = Workload(models, [], [Sampling(1, 1, while_training=while_training)], 1, 1, 2)
+    for bucket, numbers in ((None, 3 * N), (100, 2 * N)):
+        work = Workload(models, [], [Sampling(1, 1)], 1, 1, 2, bucket=bucket)
         found = memory(work, {"policy": TINY}, strategy="zero3", processes=2, device=Device(2**30))
         assert found.phases["sampling"]["weights"] == 4 * numbers
 

@@ -48,10 +48,9 @@ def test_fsdp_divides_all_in_float32():
     assert (found.weights, found.gradients, found.optimiser, found.copies) == (500, 500, 1000, 600)
 
 
-def test_shares_in_float32_are_updated_themselves():
-    """zero2 copies its share of the weights, zero3 has no other; 8 processes, 1000 numbers."""
-    two, three = (held(name, 8, 1000, compute=4) for name in ("zero2", "zero3"))
-    assert (two.optimiser, three.optimiser) == (1500, 1000)
+def test_deepspeed_copies_its_share_of_the_weights_in_float32_too():
+    """8 processes, 1000 numbers: 12 bytes each with the moments."""
+    assert [held(name, 8, 1000, compute=4).optimiser for name in ("zero2", "zero3")] == [1500, 1500]
 
 
 def copied(name: str, trained: int, compute: int = 2, *, frozen: float = 0, on_gpu: bool = True, largest: int = 0):
@@ -72,23 +71,34 @@ def test_gradients_pass_through_buckets_of_half_a_billion():
 
 def test_gathered_weights_give_way_to_the_copy_of_the_bucket():
     """Of a large model half a billion weights are whole at most, of a small one all, and two blocks at least; without a
-    backward pass only these. The bucket of zero3 is there besides. On a CPU nothing gives way: 1000 gathered weights, a
-    share of 125, and 10 gradients three times."""
+    backward pass only these. The bucket of zero3 is there besides. On a CPU nothing gives way: 1000 gathered weights,
+    an eighth of the 10 that are trained, and their gradients three times."""
     bucket = 500_000_000
     assert copied("zero3", ZERO) == 2 * bucket
     assert copied("zero3", 10, frozen=2 * 990) == bucket + 1000
-    assert copied("zero3", 10, 4, frozen=4 * 990, on_gpu=False) == 1000 + 125 + 30
+    assert copied("zero3", 10, 4, frozen=4 * 990, on_gpu=False) == 1000 + 1.25 + 30
     assert copied("zero3", ZERO, largest=bucket) == 3 * bucket
     assert copied("zero3", 0, frozen=2 * 1000, largest=100) == 200
 
 
+def test_a_loop_of_our_own_adds_up_a_few_gradients_at_a_time():
+    """1000 numbers in float32 on 8 processes of a CPU, 100 at a time, blocks of 50. ddp has one copy for a moment;
+    zero2 two buckets and the copy of one; zero3 a bucket and two copies, two blocks, and the first share of 125."""
+    found = {
+        name: states(STRATEGIES[name], 8, 1000, 0, compute=4, largest=50, bucket=100, on_gpu=False)
+        for name in ("ddp", "zero2", "zero3")
+    }
+    assert {name: one.copies / 4 for name, one in found.items()} == {"ddp": 100, "zero2": 300, "zero3": 300 + 100 + 125}
+    assert {name: one.left / 4 for name, one in found.items()} == {"ddp": 0, "zero2": 125, "zero3": 125 + 100 + 125}
+
+
 def test_what_is_left_after_training():
-    """In float32 on 8 processes of a CPU, 1000 numbers. ddp: its buckets. zero2: a share of the gradients. zero3: that
-    and a bucket; the weights are whole beside the share of 125."""
+    """In float32 on 8 processes of a CPU, 1000 numbers. ddp: its buckets. zero2: a share of the gradients. zero3: that,
+    a bucket, and a share of the weights in the heap; the weights are whole beside the share of 125."""
     ddp, two, three = (
         states(STRATEGIES[name], 8, 1000, 0, compute=4, on_gpu=False) for name in ("ddp", "zero2", "zero3")
     )
-    assert (ddp.left, two.left, three.left) == (4000, 500, 500 + 4000)
+    assert (ddp.left, two.left, three.left) == (4000, 500, 500 + 4000 + 500)
     assert (ddp.whole, two.whole, three.whole) == (4000, 4000, 4500)
 
 
