@@ -17,6 +17,7 @@ from align.generation.restarting import RestartingEngine
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.watchdog import Watchdog
 from align.generation.weights import effective_weights, gathered
+from align.models.partitioned import is_partitioned
 from align.recipe.engine_settings import EngineSettings
 
 
@@ -112,7 +113,7 @@ def _server(
         timeouts=Timeouts(settings.timeout, settings.timeout, settings.timeout),
         watchdog=watchdog,
         max_restarts=settings.max_restarts,
-        keeps_policy=what.changes_meanwhile,
+        keeps_policy=what.changes_meanwhile or any(map(is_partitioned, what.policy.parameters())),
         notice=notice,
         log=log,
     )
