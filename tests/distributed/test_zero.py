@@ -184,10 +184,10 @@ def test_an_engine_is_given_a_layer_at_a_time(name, layers, folder: Path):
 
 @pytest.mark.parametrize(("strategy", "variant"), ENGINES)
 def test_each_process_samples_from_what_was_trained(strategy, variant, folder: Path):
-    """What both engines say of all tokens that they sampled, before and after updates that change it by far more."""
+    """What both engines say of all tokens that they sampled; after an update too, which changes it by far more."""
     rows = metrics(folder / f"{strategy}-{variant}-stage")
     assert max(row["samples/mismatch_max"] for row in rows) < MISMATCH
-    assert min(row["policy/approxkl_avg"] for row in rows) > 100 * MISMATCH
+    assert rows[0]["policy/approxkl_avg"] > 100 * MISMATCH
 
 
 @pytest.mark.parametrize("strategy", GIVEN_UP)
