@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, endpoint: Server) -> Path:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(Path(__file__).with_name("zero_process.py"))
     done = subprocess.run(
-        [*launch, script, str(world.folder)], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=900
+        [*launch, script, str(world.folder)], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return world.folder

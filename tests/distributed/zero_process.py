@@ -147,7 +147,7 @@ def kill_server_at(step: int) -> Callable[[Context, int], None]:
 def main(folder: Path) -> None:
     """All of TRAINERS and all cases."""
     use("zero2")
-    ranks.join(120)
+    ranks.join(300)
     for strategy, variant in TRAINERS:
         own = folder / f"{strategy}-{variant}"
         tell(own, "trainer", train_roles(own, strategy, variant))
