@@ -132,7 +132,8 @@ def highest(numbers: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def failing_together(*kinds: type[AlignError]) -> Iterator[None]:
     """What is raised inside by any process, if it is of these kinds, is raised by all: the first process's of those
-    that have one. So all can save what they have before they end. Inside, none may wait for another."""
+    that have one. So all can save what they have before they end. Inside, what needs all of them comes before what can
+    fail in one."""
     error = None
     try:
         yield

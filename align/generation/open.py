@@ -17,6 +17,7 @@ from align.generation.restarting import RestartingEngine
 from align.generation.transformers_engine import TransformersEngine
 from align.generation.watchdog import Watchdog
 from align.generation.weights import effective_weights, gathered
+from align.models.partitioned import is_partitioned
 from align.recipe.engine_settings import EngineSettings
 
 
@@ -97,6 +98,8 @@ def _server(
 ) -> RolloutEngine:
     from align.generation.vllm_server import Timeouts, VllmServerEngine
 
+    # Weights that are in parts are gathered by all processes, and a server is started again by one.
+    is_parted = any(map(is_partitioned, what.policy.parameters()))
     return VllmServerEngine(
         what.folder,
         lambda: ((weight.name, tensor) for weight, tensor in gathered(effective_weights(what.policy))),
@@ -112,7 +115,7 @@ def _server(
         timeouts=Timeouts(settings.timeout, settings.timeout, settings.timeout),
         watchdog=watchdog,
         max_restarts=settings.max_restarts,
-        keeps_policy=what.changes_meanwhile,
+        keeps_policy=what.changes_meanwhile or is_parted,
         notice=notice,
         log=log,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from align import ranks
 from align.errors import RolloutError
 from align.generation.engine import RolloutEngine, Samples, Sampling, left_pad
 from align.models.roles import Role
@@ -38,28 +39,33 @@ class ParityGuard:
     """Around our own computation, as in training."""
 
     def check(self) -> None:
-        """Raises RolloutError, with the weights or the gap at fault, when the engine is not the policy."""
+        """Raises RolloutError, with the weights or the gap at fault, when the engine is not the policy; in all
+        processes, which come here with an engine each."""
         if not self.engine.independent:
             return
-        differing = self.engine.differing()
-        if differing:
-            raise RolloutError(
-                f"the {self.engine.name} engine holds other weights than the policy: {listed(differing)}"
-            )
+        with ranks.failing_together(RolloutError):
+            differing = self.engine.differing()
+            if differing:
+                raise RolloutError(
+                    f"the {self.engine.name} engine holds other weights than the policy: {listed(differing)}"
+                )
         gap, bound = self.gap(), BOUNDS[self.dtype]
-        if not gap <= bound:
-            precision = str(self.dtype).removeprefix("torch.")
-            raise RolloutError(
-                f"the {self.engine.name} engine's log-probabilities of sampled tokens differ from the policy's by up "
-                f"to {gap:.3g} nats (bound in {precision}: {bound:g}), with the same weights as far as they can be "
-                "compared: it computes otherwise. Use rollout.engine=transformers, and report the architecture"
-            )
+        with ranks.failing_together(RolloutError):
+            if not gap <= bound:
+                precision = str(self.dtype).removeprefix("torch.")
+                raise RolloutError(
+                    f"the {self.engine.name} engine's log-probabilities of sampled tokens differ from the policy's by "
+                    f"up to {gap:.3g} nats (bound in {precision}: {bound:g}), with the same weights as far as they can "
+                    "be compared: it computes otherwise. Use rollout.engine=transformers, and report the architecture"
+                )
 
     def gap(self) -> float:
-        """The largest difference between two log-probabilities of a sampled token, in nats."""
+        """The largest difference between two log-probabilities of a sampled token, in nats. Raises RolloutError in all
+        processes when the engine of one gives up."""
         prompts = self.prompts[:NUM_PROBES]
         few = replace(self.sampling, max_tokens=min(PROBE_TOKENS, self.sampling.max_tokens))
-        samples = self.engine.generate(prompts, few)
+        with ranks.failing_together(RolloutError):  # what follows needs all of them, where the policy is in parts
+            samples = self.engine.generate(prompts, few)
         assert samples.logprobs is not None
         with self.policy.evaluating(), self.autocast():
             ours = sampled_logprobs(self.policy, prompts, samples, few)

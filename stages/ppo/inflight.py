@@ -114,11 +114,9 @@ class Flight:
         """The next round, which is sampled ahead."""
         self._phases = Phases()
 
-    def collect(self, index: int, sync: Callable[[], None], phases: Phases) -> Batch:
-        """The responses that round `index` learns from. Hands the policy over with `sync`, once nothing is sampled."""
-        self.settle()
-        with phases.phase("time/sync"):
-            sync()
+    def collect(self, index: int, phases: Phases) -> Batch:
+        """The responses that round `index` learns from, once the round before it is settled and the engine samples
+        from the policy of this one."""
         state = self.state
         if not state.sampled:
             state = self._grown(self._boarded(state, index), index, index)

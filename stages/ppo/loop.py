@@ -104,9 +104,16 @@ class Loop:
         )
 
     def sync(self) -> None:
-        """The engine samples from the policy as it is now. Raises RolloutError when it does not."""
-        self.engine.sync()
+        """The engine samples from the policy as it is now. Raises RolloutError, in all processes, when it does not."""
+        with ranks.failing_together(RolloutError):
+            self.engine.sync()
         self.guard.check()
+
+    def settle(self) -> None:
+        """Waits for what is sampled ahead. Raises RolloutError, in all processes, when that went wrong."""
+        if self.flight is not None:
+            with ranks.failing_together(RolloutError):
+                self.flight.settle()
 
     def budget_spent(self, done: int, kl: float) -> None:
         """Says that the stage ends here. Raises ConfigError when nothing was learned yet."""
@@ -123,9 +130,7 @@ class Loop:
         """A checkpoint after `done` rollouts, with what is sampled ahead. Raises RolloutError, after a checkpoint
         without it, when that went wrong."""
         try:
-            with ranks.failing_together(RolloutError):
-                if self.flight is not None:
-                    self.flight.settle()
+            self.settle()
         except RolloutError:
             self._save(done)
             raise
@@ -140,10 +145,9 @@ class Loop:
         then the round is not learned from."""
         started, phases = time.monotonic(), Phases()
         try:
-            with ranks.failing_together(Interrupted, RolloutError):
-                batch = self.collect(index, phases)
-                with phases.phase("time/score"):
-                    scores = self.score(batch)
+            batch = self.collect(index, phases)
+            with phases.phase("time/score"):
+                scores = self.score(batch)
         except (Interrupted, RolloutError):  # an engine or an endpoint is down: what was learned before is kept
             if self.flight is not None:
                 self.flight.give_up()
@@ -161,18 +165,21 @@ class Loop:
         return metrics, spent
 
     def collect(self, index: int, phases: Phases) -> Batch:
-        """Hands the policy over and samples. With `flight`, what is sampled may end in a later round."""
-        if self.flight is not None:
-            return self.flight.collect(index, self.sync, phases)
+        """Hands the policy over and samples. With `flight`, what is sampled may end in a later round. Raises
+        RolloutError, in all processes, when an engine gives up."""
+        self.settle()
         with phases.phase("time/sync"):
             self.sync()
-        questions = self.batch(index)
-        with phases.phase("time/rollout"):
-            samples = self.sample(questions, f"rollout {index}")
-        return Batch(questions, samples, (index + 1) * len(questions))
+        with ranks.failing_together(RolloutError):
+            if self.flight is not None:
+                return self.flight.collect(index, phases)
+            questions = self.batch(index)
+            with phases.phase("time/rollout"):
+                samples = self.sample(questions, f"rollout {index}")
+            return Batch(questions, samples, (index + 1) * len(questions))
 
     def score(self, batch: Batch) -> Scores:
-        """The reward."""
+        """The reward. Raises Interrupted and RolloutError in all processes."""
         questions = batch.questions
         return self.rewarder([one.messages for one in questions], [one.ids for one in questions], batch.samples)
 

@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from align import ranks
 from align.data.render import Renderer
 from align.data.rows import Message
+from align.errors import Interrupted, RolloutError
 from align.evaluation.scorer import RewardScorer
 from align.generation.engine import Samples
 from align.rewards.batch import RewardBatch, Values, checked, probe
@@ -68,8 +70,15 @@ class Rewarder:
     def __call__(
         self, prompts: Sequence[Sequence[Message]], prompt_ids: Sequence[list[int]], samples: Samples
     ) -> Scores:
-        """The reward of one response per prompt. Of none, in one of several processes, nobody is asked."""
+        """The reward of one response per prompt. Of none, in one of several processes, nobody is asked. An endpoint
+        that gives up in one process does so in all, before reward models are asked: for those that are in parts all
+        processes are needed.
+
+        Raises what functions and endpoints raise, NumericError for a score that is not finite.
+        """
         lengths, width = samples.lengths.cpu(), samples.token_ids.shape[1]
+        with ranks.failing_together(Interrupted, RolloutError):
+            texts = {name: text(self._batch(prompts, samples)) for name, text in self.texts.items() if prompts}
         tokens = torch.zeros(samples.token_ids.shape)
         terms, spread = {}, None
         for name, settings in self.terms.items():
@@ -82,7 +91,7 @@ class Rewarder:
                 if len(scores) > 1:
                     spread = disagreement(scores) + (0 if spread is None else spread)
             else:
-                part = _token_scores(self.texts[name](self._batch(prompts, samples)), lengths, width)
+                part = _token_scores(texts[name], lengths, width)
             terms[name] = part.sum(1)
             tokens = tokens + settings.weight * part
         return Scores(tokens, terms, spread)

@@ -35,7 +35,7 @@ from stages.ppo.scorer import Scores
 from stages.ppo.settings import CriticSettings, MissingEosSettings, RolloutSettings
 from stages.ppo.trainer import PPOTrainer
 from tests.distributed.process import signal_at
-from tests.models.tiny import FOR_VLLM, new_opened, save_policy
+from tests.models.tiny import new_opened, save_policy
 from tests.stages.harness import Watched, new_context
 
 torch.set_num_threads(1)
@@ -65,14 +65,12 @@ STAGE: dict[str, Any] = {
     "samples_every": 1,
 }
 LONG_TAILS = STAGE | {"rollout": {**STAGE["rollout"], "round_tokens": 2}, "kl": {"estimator": "k2"}}
-VLLM = {**STAGE["rollout"], "engine": "vllm", "kv_cache_bytes": 2**24}
 STAGES: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "ppo": ("ppo", STAGE | {"kl": {"target": 1.0}, "ema": 0.9}, None),
     "ppo stopped": ("ppo", STAGE | {"kl": {"target": 1.0}, "ema": 0.9}, 2),
     "grpo": ("grpo", LONG_TAILS, None),
     "grpo stopped": ("grpo", LONG_TAILS, 2),
     "rloo left": ("rloo", STAGE, 1),
-    "rloo vllm": ("rloo", STAGE | {"rollouts": 2, "rollout": VLLM}, None),
     "rloo spent": ("rloo", STAGE | {"kl": {"budget": 1e-9}}, None),
 }
 """Kind, settings, and the rollout at which the last process gets a signal. What was stopped is then gone on with, but
@@ -192,7 +190,7 @@ def main(folder: Path) -> None:
 
 def prepare(folder: Path, data: str) -> Input:
     """The start policy, and what the processes are asked."""
-    policy = save_policy(new_opened(config=FOR_VLLM), folder / "base" / "model")
+    policy = save_policy(new_opened(), folder / "base" / "model")
     (folder / "asked.json").write_text(json.dumps({"policy": asdict(policy), "data": data}))
     return policy
 

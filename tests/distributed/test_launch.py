@@ -17,6 +17,14 @@ from tests.stages.harness import weights_hash
 
 BASE = {"vocabulary": 300, "context": 64, "hidden": 32, "layers": 2, "heads": 2, "steps": 2}
 """A model of a few thousand weights that has learnt next to nothing."""
+PPO = {
+    "rollouts": 2,
+    "rollout": {"prompts": 4, "max_response_tokens": 6, "engine": "transformers"},
+    "epochs": 1,
+    "minibatches": 1,
+}
+CHAINS = {"static": ("zero2", "sft", "reward", "ppo"), "c10d": ("fsdp", "sft", "dpo")}
+"""How two machines find each other: a strategy, and stages after `base`."""
 ALIGN = [sys.executable, "-m", "align"]
 
 
@@ -88,23 +96,25 @@ def test_a_world_that_is_smaller_than_asked_for_is_refused(folders: list[Path]):
     assert not (folders[1] / "runs" / "other").exists()
 
 
-def test_two_machines_meet_and_run_a_chain(world: World, tmp_path: Path):
-    """Two launchers with `rendezvous: c10d`. The second waits while the first trains `base` alone; then sft and dpo
-    have a process on each of them, and FSDP."""
+@pytest.mark.parametrize("rendezvous", CHAINS)
+def test_two_machines_meet_and_run_a_chain(rendezvous, world: World, tmp_path: Path):
+    """Two launchers. The second waits while the first trains `base` alone; then each stage has a process on each of
+    them."""
+    strategy, *stages = CHAINS[rendezvous]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     recipe = {
         "name": "two",
-        "launch": {"processes": 2, "strategy": "fsdp"},
-        "nodes": {"count": 2, "address": "127.0.0.1", "port": port, "rendezvous": "c10d"},
+        "launch": {"processes": 2, "strategy": strategy},
+        "nodes": {"count": 2, "address": "127.0.0.1", "port": port, "rendezvous": rendezvous},
         "evaluation": {"prompts": 4, "max_response_tokens": 6},
         "base": {**BASE, "data": world.settings("sft")["data"]},
-        "sft": world.settings("sft", max_steps=2),
-        "dpo": world.settings("dpo", max_steps=2),
+        **{stage: world.settings(stage, max_steps=2) for stage in stages if stage != "ppo"},
+        "ppo": {**PPO, "data": world.settings("sft")["data"]},
     }
     (tmp_path / "align.yaml").write_text(json.dumps(recipe))
-    command = [*ALIGN, "run", "base", "sft", "dpo"]
+    command = [*ALIGN, "run", "base", *stages]
     machines = [
         subprocess.Popen(
             [*command, f"nodes.rank={rank}"],
@@ -118,6 +128,6 @@ def test_two_machines_meet_and_run_a_chain(world: World, tmp_path: Path):
     ]
     shown = [machine.communicate(timeout=600)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], shown
-    records = [json.loads((made(tmp_path, stage) / "record.json").read_text()) for stage in ("base", "sft", "dpo")]
-    assert [record["world_size"] for record in records] == [1, 2, 2]
+    records = [json.loads((made(tmp_path, stage) / "record.json").read_text()) for stage in ("base", *stages)]
+    assert [record["world_size"] for record in records] == [1, *[2] * len(stages)]
     assert all(record["handover"]["largest_difference"] <= record["handover"]["bound"] for record in records[1:])

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from align.job import Input
 from align.metrics import MetricsLog
 from align.records import read_manifest
 from tests.distributed.conftest import ROOT, World, environment
 from tests.distributed.zero_roles import ROLLOUTS, ROWS, TRAINERS, new_roles, new_trainer, train, weights
+from tests.models.tiny import FOR_VLLM, model_input, new_opened, save_policy
+from tests.rewards.test_remote import Server, answer, lengths
 from tests.stages.harness import LORA, weights_hash
 
 WEIGHTS = 1e-5
@@ -27,8 +32,13 @@ METRICS = 5e-5
 """And of those between metrics, relative or absolute. Measured: 5e-6."""
 ROLES = ("actor", "critic", "reference")
 STRATEGIES = ("ddp", "zero2", "zero3")
-STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")] + [("fsdp", "full")]
+ENGINES = [("ddp", "vllm"), ("zero3", "vllm"), ("fsdp", "vllm"), ("zero3", "vllm-server")]
+"""Strategies, and what each process samples with: the last stage loses a server on the way."""
+STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")] + [("fsdp", "full"), *ENGINES]
 STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora"), ("fsdp", "full")]
+GIVEN_UP = ["zero3", "fsdp"]
+MISMATCH = 1e-4
+"""Bound of differences between log-probabilities of engine and trainer, in nats. Measured: 8e-6."""
 OPTIM = {"lr": 1e-3, "eps": 1e-5}
 SETTINGS: dict[str, Any] = {
     "rollouts": 3,
@@ -43,10 +53,29 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def endpoint() -> Iterator[Server]:
+    """For each of GIVEN_UP it answers both processes before the first rollout and in it, and one of them in the
+    second."""
+    server = Server()
+    server.script[:] = [*[lengths] * 5, answer(503)] * len(GIVEN_UP)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, endpoint: Server) -> Path:
     """What two processes made of everything."""
     world = World(tmp_path_factory.mktemp("zero"))
     cases = [stage_case(world, strategy, variant) for strategy, variant in STAGES]
+    cases[-1]["kill"] = 1
+    for strategy in GIVEN_UP:
+        case = stage_case(world, strategy, "full") | {"name": f"{strategy}-given-up"}
+        case["settings"]["reward"] = {"reward": {}, "judge": {"url": endpoint.url, "retries": 0}}
+        cases.append(case)
     for strategy, variant in STOPPED:
         stopped = stage_case(world, strategy, variant) | {"name": f"{strategy}-{variant}-stopped"}
         cases += [stopped | {"stop": 1, "log": "stopped"}, stopped]
@@ -56,24 +85,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(Path(__file__).with_name("zero_process.py"))
     done = subprocess.run(
-        [*launch, script, str(world.folder)], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=900
+        [*launch, script, str(world.folder)], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return world.folder
 
 
 def stage_case(world: World, strategy: str, variant: str) -> dict[str, Any]:
-    """With adapters one base plays all four roles; else there are four models."""
+    """With adapters one base plays all four roles; else there are four models. `variant` may name an engine."""
     lora = variant == "lora"
     reward = replace(world.one("reward", lora).output(), adapter_of=world.policy.fingerprint if lora else None)
-    inputs = {"policy": world.policy, "reference": world.policy, "reward": reward}
+    policy, rollout = world.policy, SETTINGS["rollout"]
+    if (strategy, variant) in ENGINES:
+        policy = wide_policy(world)
+        rollout = rollout | {"engine": variant, "kv_cache_bytes": 2**24}
+    inputs = {"policy": policy, "reference": policy, "reward": reward}
     data = {"path": world.files["sft"], "held_out": 0.2}
     return {
         "name": f"{strategy}-{variant}-stage",
         "strategy": strategy,
-        "settings": SETTINGS | {"data": data} | (LORA if lora else {}),
+        "settings": SETTINGS | {"data": data, "rollout": rollout} | (LORA if lora else {}),
         "inputs": {name: asdict(one) for name, one in inputs.items()},
     }
+
+
+def wide_policy(world: World) -> Input:
+    """A policy that vLLM can run, made on first use."""
+    model = world.folder / "wide" / "model"
+    return model_input(model) if model.exists() else save_policy(new_opened(config=FOR_VLLM), model)
 
 
 def told(folder: Path, name: str, log: str) -> list[dict[str, Any]]:
@@ -137,11 +176,35 @@ def test_fsdp_divides_all_weights_but_those_with_adapters(folder: Path):
     assert [one["held"] for one in told(folder, "fsdp-lora", "trainer")] == [dict.fromkeys(ROLES, adapted)] * 2
 
 
+@pytest.mark.parametrize(("name", "layers"), [("zero3-full", 1), ("zero3-lora", 1), ("fsdp-full", 0)])
+def test_an_engine_is_given_a_layer_at_a_time(name, layers, folder: Path):
+    """ZeRO-3 makes a layer whole for that; FSDP leaves all in parts, and puts each weight together beside them."""
+    assert [one["read"] for one in told(folder, name, "trainer")] == [layers] * 2
+
+
+@pytest.mark.parametrize(("strategy", "variant"), ENGINES)
+def test_each_process_samples_from_what_was_trained(strategy, variant, folder: Path):
+    """What both engines say of all tokens that they sampled; after an update too, which changes it by far more."""
+    rows = metrics(folder / f"{strategy}-{variant}-stage")
+    assert max(row["samples/mismatch_max"] for row in rows) < MISMATCH
+    assert rows[0]["policy/approxkl_avg"] > 100 * MISMATCH
+
+
+@pytest.mark.parametrize("strategy", GIVEN_UP)
+def test_an_endpoint_that_gives_up_in_one_process_ends_all(strategy, folder: Path):
+    """Where the reward model is in parts: both name the cause, with a checkpoint of the rollout before."""
+    name = f"{strategy}-given-up"
+    for one in told(folder, name, "stage"):
+        assert "ppo.reward.judge: " in one["error"] and "answered 503" in one["error"]
+    read_manifest(folder / name / "checkpoints" / "step-1", hashes=True)
+    assert [row["step"] for row in metrics(folder / name)] == [1]
+
+
 @pytest.mark.parametrize(("strategy", "variant"), STAGES)
 def test_a_stage_makes_what_processes_make_that_share_nothing(strategy, variant, folder: Path):
     """The same metrics, rollout by rollout; the same of what is measured in the end, in both processes; and a model
     that the plain library loads."""
-    name, shared_nothing = f"{strategy}-{variant}-stage", f"ddp-{variant}-stage"
+    name, shared_nothing = f"{strategy}-{variant}-stage", f"ddp-{variant.removesuffix('-server')}-stage"
     two, right = told(folder, name, "stage"), told(folder, shared_nothing, "stage")
     assert two[0] == two[1] and two[0]["processes"] == 2
     assert two[0]["handover"]["largest_difference"] <= two[0]["handover"]["bound"]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -19,7 +21,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from align import ranks
+from align.context import Context
 from align.errors import AlignError, NumericError
+from align.generation.weights import effective_weights, gathered
 from align.job import Input
 from align.pipeline.processes import end
 from align.training.masked import Processes
@@ -42,6 +46,7 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     trainer = new_trainer(new_roles(variant, strategy), **settings)
     metrics = train(trainer, mine, range(ROLLOUTS - 1))
     held = {name: sum(held_of(one) for one in role.module.parameters()) for name, role in roles_of(trainer).items()}
+    read = layers_while_read(trainer.models["actor"].module)
     context = new_context("checkpoints", folder, {}, {})
     save_checkpoint(context, trainer, None, load_checkpoint(context, trainer)[1], ROLLOUTS - 1, 1, {"zero": strategy})
     metrics += train(trainer, mine, range(ROLLOUTS - 1, ROLLOUTS))
@@ -53,7 +58,7 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     same = all(torch.equal(trained[name], one) for name, one in weights(again).items())
     if ranks.is_main():
         save_file(trained, folder / "weights.safetensors")
-    said = {"metrics": metrics, "held": held, "resumed": same and repeated == metrics[-1:]}
+    said = {"metrics": metrics, "held": held, "read": read, "resumed": same and repeated == metrics[-1:]}
     return said | {"refused": is_refused(trainer, mine, trained)}
 
 
@@ -68,6 +73,17 @@ def is_refused(trainer: Any, mine: list[int], before: dict[str, Tensor]) -> bool
         same = all(torch.equal(before[name], one) for name, one in weights(trainer).items())
         return same and "the actor's gradient norm is" in str(error)
     return False
+
+
+def layers_while_read(model: Any) -> int:
+    """Layers of which this process has a whole weight, at most, while an engine is given all of them."""
+    weights = effective_weights(model)
+    sizes = {one.name: getattr(one.parameter, "ds_numel", one.parameter.numel()) for one in weights}
+
+    def whole() -> set[str]:
+        return {one.layer for one in weights if held_of(one.parameter) == sizes[one.name]}
+
+    return max(len(whole()) for _ in gathered(weights))
 
 
 def held_of(weight: Any) -> int:
@@ -86,8 +102,11 @@ def run_stage(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     PartialState().distributed_type = DistributedType.MULTI_CPU
     inputs = {name: Input(**given) for name, given in case["inputs"].items()}
     context = new_context("ppo", folder, inputs, case["settings"])
-    if "stop" in case and ranks.rank() == ranks.size() - 1:
-        context.metrics = Watched(context, signal_at(case["stop"]))
+    if ranks.rank() == ranks.size() - 1:
+        if "stop" in case:
+            context.metrics = Watched(context, signal_at(case["stop"]))
+        if "kill" in case:
+            context.metrics = Watched(context, kill_server_at(case["kill"]))
     stage = importlib.import_module("stages.ppo.run")
     try:
         result = stage.run(importlib.import_module("stages.ppo.config").Config(**case["settings"]), context)
@@ -96,10 +115,21 @@ def run_stage(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     return {"metrics": result.metrics, "handover": result.handover}
 
 
+def kill_server_at(step: int) -> Callable[[Context, int], None]:
+    """What stands beside the metrics of a process and kills its vLLM server at a step."""
+
+    def at_step(context: Context, now: int) -> None:
+        if now == step:
+            (server,) = (one for one in psutil.Process().children() if "align.generation.vllm_launch" in one.cmdline())
+            server.kill()
+
+    return at_step
+
+
 def main(folder: Path) -> None:
     """All of TRAINERS and all cases."""
     use("zero2")
-    ranks.join(120)
+    ranks.join(300)
     for strategy, variant in TRAINERS:
         own = folder / f"{strategy}-{variant}"
         tell(own, "trainer", train_roles(own, strategy, variant))

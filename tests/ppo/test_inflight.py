@@ -72,12 +72,18 @@ def new_flight(script: Generate | None = None, capacity: int = 3, **changes: Any
 
 
 def nothing() -> None:
-    """Hands nothing over; gives nothing up."""
+    """Gives nothing up."""
+
+
+def take(flight: Flight, index: int) -> Batch:
+    """A round, once the one before it is settled."""
+    flight.settle()
+    return flight.collect(index, Phases())
 
 
 def collected(flight: Flight, rounds: int) -> Iterator[Batch]:
     for index in range(rounds):
-        yield flight.collect(index, nothing, Phases())
+        yield take(flight, index)
 
 
 def learned(flight: Flight, rounds: int) -> list[list[tuple[int, list[int]]]]:
@@ -152,7 +158,7 @@ def test_answers_that_are_compared_wait_for_each_other():
     assert [one.ids[0] for one in batch.questions] == [0, 0]
     ((one, other),) = flight._rest.groups
     flight._rest = replace(flight._rest, groups=((replace(one, finished=True), other),))
-    second, third = (flight.collect(index, nothing, Phases()) for index in (1, 2))
+    second, third = (take(flight, index) for index in (1, 2))
     assert [one.ids[0] for one in second.questions] == [2, 2]
     assert [one.ids[0] for one in third.questions] == [1, 1]
     assert third.samples.lengths.tolist() == [2, 5]
@@ -166,7 +172,7 @@ def test_answers_that_are_not_compared_do_not_wait():
     assert [one.ids[0] for one in batch.questions] == [0, 0]
     (one,), other = flight._rest.groups
     flight._rest = replace(flight._rest, groups=((replace(one, finished=True),), other))
-    flight.collect(1, nothing, Phases())
+    take(flight, 1)
     assert [group[0].question for group in flight._rest.groups] == [1, 3]
 
 
