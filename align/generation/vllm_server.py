@@ -105,8 +105,7 @@ class VllmServerEngine:
         Raises RolloutError when the server does not start or does not take the weights, ConfigError when they cannot go
         that way.
         """
-        if transport in {"ipc", "nccl"} and own_gpu() is None:
-            raise ConfigError(f"rollout.transport {transport}: the policy is on the CPU; use auto or memory")
+        _check_transport(transport)
         self._sender = WeightSender(
             weights, dtype, transport, timeout=timeouts.sync, watchdog=watchdog, keeps_policy=keeps_policy
         )
@@ -127,10 +126,7 @@ class VllmServerEngine:
             tensor_parallel=tensor_parallel,
         )
         self._options = flags(options | server_options(transport))
-        self._environment = {"HF_HUB_OFFLINE": "1"} if folder.is_dir() else {}
-        if gpus:
-            visible = visible_gpus(gpus, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-            self._environment["CUDA_VISIBLE_DEVICES"] = visible
+        self._environment = _environment(folder, gpus)
         self.server: ServerProcess | None = None
         self._client: VllmClient | None = None
         self._is_current = self._is_closed = False
@@ -138,16 +134,7 @@ class VllmServerEngine:
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-server")
         self._ending = RLock()
         atexit.register(self.close)
-        try:
-            self._start()
-            self.sync()
-        except Unavailable as failure:  # of the first start: it is not tried again, the settings may be wrong
-            error = self._given_up(failure)
-            self.close()
-            raise error from None
-        except BaseException:
-            self.close()
-            raise
+        self._begin()
 
     @property
     def summary(self) -> str:
@@ -214,6 +201,19 @@ class VllmServerEngine:
         self._kill()
         return RolloutError(f"the vLLM server{'' if self._address is None else f' at {self._address}'} {failure}{end}")
 
+    def _begin(self) -> None:
+        """The first start, which is not tried again: the settings may be wrong."""
+        try:
+            self._start()
+            self.sync()
+        except Unavailable as failure:
+            error = self._given_up(failure)
+            self.close()
+            raise error from None
+        except BaseException:
+            self.close()
+            raise
+
     def _start(self) -> None:
         """Starts a server, or looks for the one that is somebody else's, and waits until it is ready."""
         if self._address is None:
@@ -279,6 +279,20 @@ def _at_most(groups: Sequence[tuple[Sequence[int], int]], most: int) -> Iterator
     for ids, count in groups:
         for first in range(0, count, most):
             yield ids, min(most, count - first)
+
+
+def _check_transport(transport: str) -> None:
+    if transport in {"ipc", "nccl"} and own_gpu() is None:
+        raise ConfigError(f"rollout.transport {transport}: the policy is on the CPU; use auto or memory")
+
+
+def _environment(folder: Path, gpus: Sequence[int]) -> dict[str, str]:
+    """What a server of ours finds in its environment besides what is in this one."""
+    environment = {"HF_HUB_OFFLINE": "1"} if folder.is_dir() else {}
+    if gpus:
+        visible = visible_gpus(gpus, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    return environment
 
 
 def _temporary_log() -> Path:
