@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, endpoint: Server) -> Path:
     cases[-1]["kill"] = 1
     for strategy in GIVEN_UP:
         case = stage_case(world, strategy, "full") | {"name": f"{strategy}-given-up"}
-        case["settings"]["reward"] = {"reward": {}, "judge": {"url": endpoint.url, "retries": 0}}
+        case["settings"]["reward"] = {"judge": {"url": endpoint.url, "retries": 0}, "reward": {}}
         cases.append(case)
     for strategy, variant in STOPPED:
         stopped = stage_case(world, strategy, variant) | {"name": f"{strategy}-{variant}-stopped"}
@@ -192,7 +192,8 @@ def test_each_process_samples_from_what_was_trained(strategy, variant, folder: P
 
 @pytest.mark.parametrize("strategy", GIVEN_UP)
 def test_an_endpoint_that_gives_up_in_one_process_ends_all(strategy, folder: Path):
-    """Where the reward model is in parts: both name the cause, with a checkpoint of the rollout before."""
+    """Also before a reward model is asked that is in parts: both name the cause, with a checkpoint of the rollout
+    before."""
     name = f"{strategy}-given-up"
     for one in told(folder, name, "stage"):
         assert "ppo.reward.judge: " in one["error"] and "answered 503" in one["error"]
