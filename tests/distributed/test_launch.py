@@ -98,8 +98,8 @@ def test_a_world_that_is_smaller_than_asked_for_is_refused(folders: list[Path]):
 
 @pytest.mark.parametrize("rendezvous", CHAINS)
 def test_two_machines_meet_and_run_a_chain(rendezvous, world: World, tmp_path: Path):
-    """Two launchers. The second waits while the first trains `base` alone; then each stage has a process on each of
-    them."""
+    """Two launchers. The second waits while the first trains `base` alone, as the recipe says; then each stage has a
+    process on each of them."""
     strategy, *stages = CHAINS[rendezvous]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -109,7 +109,7 @@ def test_two_machines_meet_and_run_a_chain(rendezvous, world: World, tmp_path: P
         "launch": {"processes": 2, "strategy": strategy},
         "nodes": {"count": 2, "address": "127.0.0.1", "port": port, "rendezvous": rendezvous},
         "evaluation": {"prompts": 4, "max_response_tokens": 6},
-        "base": {**BASE, "data": world.settings("sft")["data"]},
+        "base": {**BASE, "data": world.settings("sft")["data"], "launch": {"processes": 1}},
         **{stage: world.settings(stage, max_steps=2) for stage in stages if stage != "ppo"},
         "ppo": {**PPO, "data": world.settings("sft")["data"]},
     }
