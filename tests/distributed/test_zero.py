@@ -27,7 +27,8 @@ METRICS = 5e-5
 """And of those between metrics, relative or absolute. Measured: 5e-6."""
 ROLES = ("actor", "critic", "reference")
 STRATEGIES = ("ddp", "zero2", "zero3")
-STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")] + [("fsdp", "full")]
+STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")]
+STAGES += [(strategy, "full") for strategy in ("zero2-offload", "zero3-offload", "fsdp")]
 STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora"), ("fsdp", "full")]
 OPTIM = {"lr": 1e-3, "eps": 1e-5}
 SETTINGS: dict[str, Any] = {

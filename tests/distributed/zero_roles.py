@@ -25,6 +25,7 @@ from stages.ppo.trainer import PPOTrainer
 from tests.models.tiny import new_opened
 
 TRAINERS = [("zero1", "full"), ("zero2", "full"), ("zero2", "lora"), ("zero3", "full"), ("zero3", "lora")]
+TRAINERS += [(strategy, variant) for strategy in ("zero2-offload", "zero3-offload") for variant in ("full", "lora")]
 TRAINERS += [("fsdp", "full"), ("fsdp", "lora")]
 ROWS, WIDTH, ROLLOUTS = 8, 7, 3
 
@@ -43,7 +44,7 @@ def new_roles(variant: str, strategy: str = "ddp") -> tuple[Role, Role, Role]:
         pack(role.body)
     if strategy == "fsdp":
         return fsdp.shard(actor), fsdp.shard(critic), fsdp.shard(reference)
-    if strategy == "zero3":
+    if strategy.startswith("zero3"):
         shard_frozen([reference])
         actor, reference = with_whole_head(actor), with_whole_head(reference)
     return actor, critic, reference
