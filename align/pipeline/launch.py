@@ -18,7 +18,7 @@ from align.recipe.launch_settings import LaunchSettings, NodesSettings
 from align.recipe.load import Recipe
 from align.recipe.recipe_settings import RecipeSettings
 from align.recipe.shipped import shipped_folder
-from align.recipe.zero import nvme_folders, offload_devices, read_zero
+from align.recipe.zero import nvme_folder, read_zero
 from align.records import write_text
 
 FOLDER = "launch"
@@ -35,7 +35,6 @@ FSDP = {
     "fsdp_cpu_ram_efficient_loading": False,
 }
 """Of `fsdp_config` for `strategy: fsdp`."""
-_OFFLOADS = ("offload_optimizer_device", "offload_param_device")
 
 
 @dataclass(frozen=True)
@@ -131,15 +130,15 @@ def _config_problems(node: Node, config: dict[str, Any]) -> Iterator[Problem]:
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         if own.get(key, "auto") != "auto":
             yield Problem(f"{node.name}: deepspeed_config.{key}", "the recipe says this", "remove it")
-    stage, offloads = int(own.get("zero_stage", 2)), any(own.get(key, "none") != "none" for key in _OFFLOADS)
+    stage = int(own.get("zero_stage", 2))
     if "deepspeed_config_file" in own:
         content = read_zero(Path(own["deepspeed_config_file"]))
-        stage, offloads = content["zero_optimization"].get("stage", 0), bool(offload_devices(content))
-        for folder in nvme_folders(content):
-            if not Path(folder).is_dir():
-                hint = "mount a disk there, or name a copy of the file in an accelerate config: `launch.config`"
-                yield Problem(f"{node.name}.launch", f"{folder}: no such folder to move weights to", hint)
-    for key, what in node.config.zero_problems(stage, offloads).items():
+        stage = content["zero_optimization"].get("stage", 0)
+        folder = nvme_folder(content)
+        if folder is not None and not Path(folder).is_dir():
+            hint = "mount a disk there, or name a copy of the file in an accelerate config: `launch.config`"
+            yield Problem(f"{node.name}.launch", f"{folder}: no such folder to move states to", hint)
+    for key, what in node.config.zero_problems(stage).items():
         yield Problem(f"{node.name}.{key}", what, "change it, or launch.strategy")
 
 

@@ -41,9 +41,8 @@ class Settings(BaseModel):
         """What is wrong with these settings on so many processes, by dotted key."""
         return {}
 
-    def zero_problems(self, stage: int, offloads: bool) -> dict[str, str]:
-        """What is wrong with these settings under a stage of DeepSpeed's ZeRO, which may move shares to main memory or
-        a disk, by dotted key."""
+    def zero_problems(self, stage: int) -> dict[str, str]:
+        """What is wrong with these settings under a stage of DeepSpeed's ZeRO, by dotted key."""
         return {}
 
     def fsdp_problems(self, offloads: bool) -> dict[str, str]:

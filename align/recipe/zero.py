@@ -40,24 +40,18 @@ def read_zero(path: Path) -> dict[str, Any]:
         for key, setting in FROM_RECIPE.items()
         if key in content and not all(value == "auto" for value in _leaves(content[key]))
     ]
+    if (content["zero_optimization"].get("offload_param") or {}).get("device") == "nvme":
+        what = "weights cannot be on a disk: DeepSpeed reads few of them at a time, and a model is measured whole"
+        problems.append(Problem(f"{path}: zero_optimization.offload_param", what, "set `device: cpu`"))
     if problems:
         raise ConfigError(problems)
     return {key: value for key, value in content.items() if key not in FROM_RECIPE}
 
 
-def nvme_folders(content: dict[str, Any]) -> list[str]:
-    """The folders that a DeepSpeed file moves weights or states to."""
-    parts = [part for part in _offloads(content) if part.get("device") == "nvme"]
-    return sorted({part["nvme_path"] for part in parts if "nvme_path" in part})
-
-
-def offload_devices(content: dict[str, Any]) -> list[str]:
-    """Where a DeepSpeed file moves weights or states to: cpu, nvme."""
-    return sorted({part["device"] for part in _offloads(content) if part.get("device", "none") != "none"})
-
-
-def _offloads(content: dict[str, Any]) -> list[dict[str, Any]]:
-    return [content["zero_optimization"].get(name) or {} for name in ("offload_optimizer", "offload_param")]
+def nvme_folder(content: dict[str, Any]) -> str | None:
+    """The folder that a DeepSpeed file moves the optimiser's state to."""
+    moved = content["zero_optimization"].get("offload_optimizer") or {}
+    return moved.get("nvme_path") if moved.get("device") == "nvme" else None
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -3,9 +3,13 @@ trainers."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from align import ranks
 from align.errors import ConfigError, Problem
 from align.models.partitioned import make_whole
 from align.recipe.training_settings import TrainingSettings
-from align.recipe.zero import FROM_RECIPE, nvme_folders, read_zero
+from align.recipe.zero import FROM_RECIPE, nvme_folder, read_zero
 from align.training import fsdp
 from align.training.precision import training_dtype
 
@@ -29,10 +33,7 @@ def sharding_arguments(micro: int, accumulation: int, max_grad_norm: float, in_b
     """What the trainer is told of DeepSpeed: the launcher's file, and in all else the recipe. Empty without it."""
     if not ranks.uses_deepspeed():
         return {}
-    launched = launched_with()
-    if nvme_folders(launched):
-        _check_disk_access()
-    settings = launched | {
+    settings = launched_with() | {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm,  # by itself it clips to 1
@@ -57,14 +58,28 @@ def loading(config: TrainingSettings) -> Iterator[None]:
 
 
 def launched_with() -> dict[str, Any]:
-    """What the launcher was told of DeepSpeed, less what the recipe says."""
+    """What the launcher was told of DeepSpeed, less what the recipe says. A disk to move states to is checked, and is a
+    folder of this process on it."""
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
-        return read_zero(Path(file))
+        settings = read_zero(Path(file))
+        disk = nvme_folder(settings)
+        if disk is not None:
+            settings["zero_optimization"]["offload_optimizer"]["nvme_path"] = _own_folder(disk)
+        return settings
     from accelerate.utils import DeepSpeedPlugin
 
     inline = DeepSpeedPlugin().deepspeed_config
     return {key: value for key, value in inline.items() if key not in FROM_RECIPE}
+
+
+@cache
+def _own_folder(disk: str) -> str:
+    """On a disk where other processes and runs have theirs; it goes when this process ends."""
+    _check_disk_access()
+    folder = tempfile.mkdtemp(prefix="align-", dir=disk)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _check_disk_access() -> None:
@@ -72,7 +87,7 @@ def _check_disk_access() -> None:
 
     accelerator: Any = get_accelerator()
     if not accelerator.create_op_builder("AsyncIOBuilder").is_compatible():
-        what = "DeepSpeed moves weights to a disk with libaio, and a program that uses it cannot be built here"
+        what = "DeepSpeed moves states to a disk with libaio, and a program that uses it cannot be built here"
         raise ConfigError(
             Problem("launch.strategy", what, "install libaio with its headers (libaio-dev) and a compiler")
         )

@@ -24,7 +24,7 @@ from align.models.roles import Role
 from align.recipe.training_settings import OptimSettings
 from align.training.adamw import new_adamw
 from align.training.fsdp import FsdpAdamW
-from align.training.optimisers import BUCKET, DataParallelAdamW, Optimiser, clip_shares
+from align.training.optimisers import BUCKET, DataParallelAdamW, Optimiser
 from align.training.sharding import launched_with
 
 SCORE = "score"
@@ -74,8 +74,12 @@ class ZeroAdamW:
             self.engine.allreduce_gradients()
         else:
             self.sharded.finalize_gradient_accumulation_boundary()
-        gradients = [gradient for group in self.sharded.averaged_gradients.values() for gradient in group]
-        return clip_shares(gradients, max_norm)
+        self.sharded.clip_grad = max_norm  # its step clips, wherever the gradients are
+        if self.stage < 3:
+            return float(self.sharded.scaled_global_norm())
+        from deepspeed.runtime.utils import combine_grad_norm_groups  # optional
+
+        return float(combine_grad_norm_groups(self.sharded._get_norm_groups()))
 
     def step(self) -> None:
         self.engine.step()
@@ -87,6 +91,8 @@ class ZeroAdamW:
             self.sharded.grad_partitions_flat_buffer.zero_()
         else:
             self.sharded.all_grad_tensors.clear()
+            if self.sharded.cpu_offload:
+                torch._foreach_zero_(list(self.sharded.accumulated_grads_in_cpu.values()))
 
     def set_lr(self, lr: float) -> None:
         for group in self.sharded.param_groups:
@@ -94,25 +100,36 @@ class ZeroAdamW:
 
     def tensors(self) -> dict[str, Tensor]:
         """Of this process's share; under ZeRO-3 with the weights."""
-        tensors = {
-            f"{index}.{key}": value
-            for index, share in enumerate(self._shares)
-            for key, value in self.sharded.optimizer.state[share].items()
-        }
-        if self.stage == 3:
-            tensors |= {f"{index}.weights": share.detach() for index, share in enumerate(self._shares)}
+        tensors = {}
+        for index, share in enumerate(self._shares):
+            with self._in_memory(index) as is_moved:
+                state = dict(self.sharded.optimizer.state[share])
+                if self.stage == 3:
+                    state["weights"] = share.detach()
+                tensors |= {f"{index}.{key}": one.clone() if is_moved else one for key, one in state.items()}
         return tensors
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         for index, share in enumerate(self._shares):
             mine = {key.partition(".")[2]: one for key, one in tensors.items() if key.startswith(f"{index}.")}
-            if self.stage == 3:
-                share.copy_(mine.pop("weights"))
-                self.sharded._reassign_or_swap_out_partitioned_parameters(index)
-            self.sharded.optimizer.state[share] = {key: one.to(share.device) for key, one in mine.items()}
+            with self._in_memory(index):
+                if self.stage == 3:
+                    share.copy_(mine.pop("weights"))
+                    self.sharded._reassign_or_swap_out_partitioned_parameters(index)
+                self.sharded.optimizer.state[share] = {key: one.to(share.device) for key, one in mine.items()}
         if self.stage < 3:
             self.sharded.refresh_fp32_params()
+
+    @contextmanager
+    def _in_memory(self, index: int) -> Iterator[bool]:
+        """Inside, a share and its state are in memory. Says whether they were moved there from a disk, and go back."""
+        is_moved = self.stage == 3 and self.sharded._swappable_optimizer_subgroup(index)
+        if is_moved:
+            self.sharded._optimizer_states_and_gradient_swap_in(index)
+        yield is_moved
+        if is_moved:
+            self.sharded._optimizer_states_and_gradient_swap_out(index)
 
     @property
     def _shares(self) -> list[nn.Parameter]:

@@ -195,9 +195,9 @@ class Config(Settings):
         """As `Settings.process_problems`: each process has whole prompts, with all their responses."""
         return distributed.process_problems(self, processes)
 
-    def zero_problems(self, stage: int, offloads: bool) -> dict[str, str]:
+    def zero_problems(self, stage: int) -> dict[str, str]:
         """As `Settings.zero_problems`."""
-        return distributed.zero_problems(self, stage, offloads)
+        return distributed.zero_problems(self, stage)
 
     def fsdp_problems(self, offloads: bool) -> dict[str, str]:
         """As `Settings.fsdp_problems`."""

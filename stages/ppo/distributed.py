@@ -26,11 +26,11 @@ def process_problems(config: Config, processes: int) -> dict[str, str]:
     return problems
 
 
-def zero_problems(config: Config, stage: int, offloads: bool) -> dict[str, str]:
+def zero_problems(config: Config, stage: int) -> dict[str, str]:
     """As `Settings.zero_problems`."""
     if stage == 0:
         return {}
-    problems = _shares_problems(config, "ZeRO", offloads)
+    problems = _shares_problems(config, "ZeRO")
     if stage == 3:
         problems |= _parts_problems(config, "ZeRO-3")
         if config.gradient_checkpointing != "none" and config.lora is not None:
@@ -41,14 +41,13 @@ def zero_problems(config: Config, stage: int, offloads: bool) -> dict[str, str]:
 
 def fsdp_problems(config: Config, offloads: bool) -> dict[str, str]:
     """As `Settings.fsdp_problems`."""
-    return _shares_problems(config, "FSDP", offloads) | _parts_problems(config, "FSDP")
+    moved = {"launch": "shares cannot be moved to main memory under FSDP in this stage"} if offloads else {}
+    return moved | _shares_problems(config, "FSDP") | _parts_problems(config, "FSDP")
 
 
-def _shares_problems(config: Config, how: str, offloads: bool) -> dict[str, str]:
+def _shares_problems(config: Config, how: str) -> dict[str, str]:
     """What is not done with optimisers of which each process has a share."""
     problems = {}
-    if offloads:
-        problems["launch"] = "shares cannot be moved to main memory or a disk in this stage"
     if config.has_critic and config.critic.kind == "shared-head":
         problems["critic.kind"] = f"a head on the actor's own states cannot be trained under {how}"
     return problems

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
 FULL = [(kind, strategy, False) for strategy in STRATEGIES for kind in ("base", *KINDS)]
 ADAPTED = [(kind, strategy, True) for strategy in STRATEGIES for kind in KINDS]
-OTHERS = [("sft", strategy, False) for strategy in ("zero1", "zero2-offload", "zero3-offload")]
-CASES = FULL + ADAPTED + OTHERS
+OFFLOADED = [(kind, strategy, False) for strategy in ("zero2-offload", "zero3-offload") for kind in KINDS]
+CASES = [*FULL, *ADAPTED, *OFFLOADED, ("sft", "zero1", False)]
 STOPPED = [
     ("sft", "ddp", False),
     ("reward", "zero2", True),
@@ -30,6 +30,8 @@ STOPPED = [
     ("dpo", "zero3", False),
     ("dpo", "fsdp", False),
     ("reward", "fsdp", True),
+    ("sft", "zero2-offload", False),
+    ("dpo", "zero3-offload", False),
 ]
 PRECOMPUTED = ["ddp", "zero3"]
 SAMPLED = ["zero3", "fsdp"]

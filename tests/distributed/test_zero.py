@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from align.job import Input
 from align.metrics import MetricsLog
+from align.recipe.shipped import shipped_folder
+from align.recipe.zero import read_zero
 from align.records import read_manifest
 from tests.distributed.conftest import ROOT, World, environment
-from tests.distributed.zero_roles import ROLLOUTS, ROWS, TRAINERS, new_roles, new_trainer, train, weights
+from tests.distributed.zero_roles import HAS_LIBAIO, ROLLOUTS, ROWS, TRAINERS, new_roles, new_trainer, train, weights
 from tests.models.tiny import FOR_VLLM, model_input, new_opened, save_policy
 from tests.rewards.test_remote import Server, answer, lengths
 from tests.stages.harness import LORA, weights_hash
@@ -34,7 +36,8 @@ ROLES = ("actor", "critic", "reference")
 STRATEGIES = ("ddp", "zero2", "zero3")
 ENGINES = [("ddp", "vllm"), ("zero3", "vllm"), ("fsdp", "vllm"), ("zero3", "vllm-server")]
 """Strategies, and what each process samples with: the last stage loses a server on the way."""
-STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")] + [("fsdp", "full"), *ENGINES]
+STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")]
+STAGES += [(strategy, "full") for strategy in ("zero2-offload", "zero3-offload", "fsdp")] + ENGINES
 STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora"), ("fsdp", "full")]
 GIVEN_UP = ["zero3", "fsdp"]
 MISMATCH = 1e-4
@@ -82,6 +85,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, endpoint: Server) -> Path:
     for name in {case["name"] for case in cases} | {f"{strategy}-{variant}" for strategy, variant in TRAINERS}:
         (world.folder / name).mkdir()
     (world.folder / "cases.json").write_text(json.dumps(cases))
+    (world.folder / "disk").mkdir()
+    on_disk = read_zero(shipped_folder("deepspeed") / "zero3_nvme.json")
+    on_disk["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(world.folder / "disk")
+    (world.folder / "disk.json").write_text(json.dumps(on_disk))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(Path(__file__).with_name("zero_process.py"))
     done = subprocess.run(
@@ -163,6 +170,14 @@ def test_weights_are_in_parts_between_passes(variant, folder: Path):
         actor = new_roles(variant)[0]
         adapters = sum(one.numel() for name, one in actor.module.named_parameters() if "lora_" in name)
         assert one["held"] == dict.fromkeys(ROLES, adapters)
+
+
+def test_the_state_of_the_optimiser_is_on_a_disk_and_then_gone(folder: Path):
+    """Of actor and critic each the weight, two moments and the gradient, in whole models above DeepSpeed's MiB."""
+    if not HAS_LIBAIO:
+        pytest.skip("ZERO3-NVME IS NOT TESTED HERE: install libaio with its headers (libaio-dev) and a C++ compiler")
+    assert [one["on_disk"] for one in told(folder, "zero3-nvme-wide", "trainer")] == [6, 6]
+    assert not list((folder / "disk").iterdir())
 
 
 def test_fsdp_divides_all_weights_but_those_with_adapters(folder: Path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,9 @@ MINE = ([0, 1, 2, 3, 4], [5, 6, 7])
 def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     """Two rollouts, a checkpoint, a third one; and the third one again by a trainer that starts from the checkpoint."""
     use(strategy)
+    disk = folder.parent / "disk"
+    if strategy == "zero3-nvme":
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(disk.with_suffix(".json"))
     mine = MINE[ranks.rank()]
     settings = {"new_optimiser": new_optimiser, "processes": Processes(ranks.total, ranks.highest)}
     trainer = new_trainer(new_roles(variant, strategy), **settings)
@@ -50,6 +54,7 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     context = new_context("checkpoints", folder, {}, {})
     save_checkpoint(context, trainer, None, load_checkpoint(context, trainer)[1], ROLLOUTS - 1, 1, {"zero": strategy})
     metrics += train(trainer, mine, range(ROLLOUTS - 1, ROLLOUTS))
+    on_disk = len(list(disk.glob(f"*/*/optimizer/rank{ranks.rank()}/*.swp")))
 
     again = new_trainer(new_roles(variant, strategy), **settings)
     done, _ = load_checkpoint(context, again, None, {"zero": strategy})
@@ -58,7 +63,8 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     same = all(torch.equal(trained[name], one) for name, one in weights(again).items())
     if ranks.is_main():
         save_file(trained, folder / "weights.safetensors")
-    said = {"metrics": metrics, "held": held, "read": read, "resumed": same and repeated == metrics[-1:]}
+    said = {"metrics": metrics, "held": held, "read": read, "on_disk": on_disk}
+    said["resumed"] = same and repeated == metrics[-1:]
     return said | {"refused": is_refused(trainer, mine, trained)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,28 +23,33 @@ from stages.ppo.rewards import at_the_end
 from stages.ppo.rollout import Responses, join
 from stages.ppo.settings import CriticSettings, RolloutSettings
 from stages.ppo.trainer import PPOTrainer
-from tests.models.tiny import new_opened
+from tests.models.tiny import CONFIG, new_opened
 
 TRAINERS = [("zero1", "full"), ("zero2", "full"), ("zero2", "lora"), ("zero3", "full"), ("zero3", "lora")]
+TRAINERS += [(strategy, variant) for strategy in ("zero2-offload", "zero3-offload") for variant in ("full", "lora")]
 TRAINERS += [("fsdp", "full"), ("fsdp", "lora")]
+HAS_LIBAIO = Path("/usr/include/libaio.h").exists()
+TRAINERS += [("zero3-nvme", "wide")] if HAS_LIBAIO else []
 ROWS, WIDTH, ROLLOUTS = 8, 7, 3
 
 
 def new_roles(variant: str, strategy: str = "ddp") -> tuple[Role, Role, Role]:
-    """Actor, critic and reference: three models, or adapters on one base and that base."""
+    """Actor, critic and reference: three models, or adapters on one base and that base. wide: models of which a half is
+    above the MiB that DeepSpeed moves to a disk."""
+    config = CONFIG.model_copy(update={"hidden": 256}) if variant == "wide" else CONFIG
     if variant == "lora":
         base = AdaptedBase(new_opened().model, LoraSettings(rank=4, alpha=8))
         actor, critic, reference = base.actor(), base.critic(None), base.base_role()
     else:
-        actor, body = causal_role(new_opened().model.train()), new_opened(1).model.base_model
+        actor, body = causal_role(new_opened(0, config).model.train()), new_opened(1, config).model.base_model
         critic = separate_critic(body, ValueHead(actor.width))
-        reference = causal_role(new_opened().model.eval().requires_grad_(False))
+        reference = causal_role(new_opened(0, config).model.eval().requires_grad_(False))
         actor.checkpoint_gradients()
     for role in (actor, critic, reference):
         pack(role.body)
     if strategy == "fsdp":
         return fsdp.shard(actor), fsdp.shard(critic), fsdp.shard(reference)
-    if strategy == "zero3":
+    if strategy.startswith("zero3"):
         shard_frozen([reference])
         actor, reference = with_whole_head(actor), with_whole_head(reference)
     return actor, critic, reference

@@ -10,7 +10,7 @@ import pytest
 from align.errors import ConfigError
 from align.recipe.launch_settings import LaunchSettings
 from align.recipe.shipped import shipped_folder
-from align.recipe.zero import FROM_RECIPE, nvme_folders, read_zero
+from align.recipe.zero import FROM_RECIPE, nvme_folder, read_zero
 
 STRATEGIES = [one for one in get_args(LaunchSettings.model_fields["strategy"].annotation) if one.startswith("zero")]
 
@@ -23,7 +23,7 @@ def test_a_strategy_has_a_file_that_says_nothing_else(strategy):
     assert list(content) == ["zero_optimization"]
     assert read_zero(path) == content
     assert f"zero{content['zero_optimization']['stage']}" == strategy.partition("-")[0]
-    assert bool(nvme_folders(content)) is strategy.endswith("nvme")
+    assert nvme_folder(content) == ("/local_nvme" if strategy.endswith("nvme") else None)
 
 
 def test_the_folder_holds_no_python():
@@ -39,4 +39,11 @@ def test_what_the_recipe_says_is_refused_unless_it_is_auto(key, tmp_path):
     assert read_zero(path) == {"zero_optimization": {"stage": 2}}
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: {"of": 3}}))
     with pytest.raises(ConfigError, match=rf"zero.json: {key}: the recipe says this \(remove it and set"):
+        read_zero(path)
+
+
+def test_weights_on_a_disk_are_refused(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}))
+    with pytest.raises(ConfigError, match="offload_param: weights cannot be on a disk"):
         read_zero(path)

@@ -54,7 +54,7 @@ STRATEGIES: dict[str, Strategy] = {
     "zero3": Strategy("deepspeed", _ALL),
     "zero2-offload": Strategy("deepspeed", _BOTH, _HOST),
     "zero3-offload": Strategy("deepspeed", _ALL, {**_HOST, "weights": "host"}),
-    "zero3-nvme": Strategy("deepspeed", _ALL, dict.fromkeys(("optimiser", "weights"), "disk") | {"gradients": "host"}),
+    "zero3-nvme": Strategy("deepspeed", _ALL, {**_HOST, "weights": "host", "optimiser": "disk"}),
     "fsdp": Strategy(divides=_ALL),
 }
 """By the name that a recipe and a table call it."""

@@ -34,11 +34,11 @@ def test_what_autocast_and_ddp_copy():
 
 def test_offloaded_states_are_elsewhere():
     """Of 1000 numbers in bfloat16 on 4 processes: moments and float32 weight 12000 / 4 and gradients 2000 / 4 in main
-    memory, weights 2000 here; stage 3 offloads those too, 2000 / 4; to disk go moments and weights."""
+    memory, weights 2000 here; stage 3 offloads those too, 2000 / 4; to disk go moments and float32 weight."""
     two, three, disk = (held(name, 4, 1000) for name in ("zero2-offload", "zero3-offload", "zero3-nvme"))
     assert (two.weights, two.gradients, two.optimiser, two.host) == (2000, 0, 0, 3500)
     assert (three.weights, three.host, three.disk) == (0, 4000, 0)
-    assert (disk.weights, disk.host, disk.disk) == (0, 500, 3500)
+    assert (disk.weights, disk.host, disk.disk) == (0, 1000, 3000)
 
 
 def test_fsdp_divides_all_in_float32():
