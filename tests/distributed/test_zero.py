@@ -26,8 +26,7 @@ WEIGHTS = 1e-5
 METRICS = 5e-5
 """And of those between metrics, relative or absolute. Measured: 5e-6."""
 ROLES = ("actor", "critic", "reference")
-STRATEGIES = ("ddp", "zero2", "zero3")
-STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")] + [("fsdp", "full")]
+STAGES = [(strategy, variant) for strategy in ("ddp", "zero2", "zero3", "fsdp") for variant in ("full", "lora")]
 STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora"), ("fsdp", "full")]
 OPTIM = {"lr": 1e-3, "eps": 1e-5}
 SETTINGS: dict[str, Any] = {
@@ -126,15 +125,23 @@ def test_weights_are_in_parts_between_passes(variant, folder: Path):
         assert one["held"] == dict.fromkeys(ROLES, adapters)
 
 
-def test_fsdp_divides_all_weights_but_those_with_adapters(folder: Path):
+@pytest.mark.parametrize("variant", ["full", "lora"])
+def test_fsdp_divides_all_weights_but_adapters(variant, folder: Path):
     """By rows: of one row, which a value head is, the first process has all."""
-    roles = zip(ROLES, new_roles("full"), strict=True)
-    whole = {name: sum(one.numel() for one in role.module.parameters()) for name, role in roles}
-    held = [one["held"] for one in told(folder, "fsdp-full", "trainer")]
-    assert {name: sum(one[name] for one in held) for name in ROLES} == whole
-    assert held[1] == dict.fromkeys(ROLES, whole["actor"] // 2)
-    adapted = sum(one.numel() for one in new_roles("lora")[0].module.parameters())
-    assert [one["held"] for one in told(folder, "fsdp-lora", "trainer")] == [dict.fromkeys(ROLES, adapted)] * 2
+    adapters, whole = {}, {}
+    for name, role in zip(ROLES, new_roles(variant), strict=True):
+        numbers = {key: one.numel() for key, one in role.module.named_parameters()}
+        whole[name] = sum(numbers.values())
+        adapters[name] = sum(one for key, one in numbers.items() if "lora_" in key)
+    first, second = (one["held"] for one in told(folder, f"fsdp-{variant}", "trainer"))
+    assert {name: first[name] + second[name] for name in ROLES} == {n: whole[n] + adapters[n] for n in ROLES}
+    assert second == dict.fromkeys(ROLES, (whole["actor"] + adapters["actor"]) // 2)
+
+
+@pytest.mark.parametrize(("strategy", "variant"), TRAINERS)
+def test_an_engine_is_given_the_weights_that_are_trained(strategy, variant, folder: Path):
+    """A few at a time, though they are in parts and have adapters."""
+    assert [one["handed over"] for one in told(folder, f"{strategy}-{variant}", "trainer")] == [True, True]
 
 
 @pytest.mark.parametrize(("strategy", "variant"), STAGES)

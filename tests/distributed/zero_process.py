@@ -21,7 +21,9 @@ from torch.distributed.tensor import DTensor
 from align import ranks
 from align.context import Context, StopFlag
 from align.errors import AlignError, NumericError
+from align.generation.weights import effective_weights, gathered
 from align.job import Input, Job
+from align.models.partitioned import whole_model
 from align.pipeline.processes import end
 from align.training.masked import Processes
 from align.training.zero import new_optimiser
@@ -55,7 +57,16 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     if ranks.is_main():
         save_file(trained, folder / "weights.safetensors")
     said = {"metrics": metrics, "held": held, "resumed": same and repeated == metrics[-1:]}
-    return said | {"refused": is_refused(trainer, mine, trained)}
+    return said | {"handed over": is_handed_over(trainer), "refused": is_refused(trainer, mine, trained)}
+
+
+def is_handed_over(trainer: Any) -> bool:
+    """Whether an engine would be given what the actor is when it is whole."""
+    model = trainer.actor.module
+    given = {weight.name: one.clone() for weight, one in gathered(effective_weights(model))}
+    with whole_model(model):
+        expected = {weight.name: one.clone() for weight, one in gathered(effective_weights(model))}
+    return given.keys() == expected.keys() and all(torch.equal(given[name], one) for name, one in expected.items())
 
 
 def is_refused(trainer: Any, mine: list[int], before: dict[str, Tensor]) -> bool:

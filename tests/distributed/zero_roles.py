@@ -34,6 +34,8 @@ def new_roles(variant: str, strategy: str = "ddp") -> tuple[Role, Role, Role]:
     if variant == "lora":
         base = AdaptedBase(new_opened().model, LoraSettings(rank=4, alpha=8))
         actor, critic, reference = base.actor(), base.critic(None), base.base_role()
+        if strategy == "fsdp":
+            actor.checkpoint_gradients()
     else:
         actor, body = causal_role(new_opened().model.train()), new_opened(1).model.base_model
         critic = separate_critic(body, ValueHead(actor.width))
