@@ -15,16 +15,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.amp import GradScaler
-from torch.distributed.tensor import DTensor
 
 from align import ranks
 from align.models.partitioned import is_partitioned, whole_model
 from align.models.roles import Role
 from align.recipe.training_settings import OptimSettings
 from align.training.adamw import new_adamw
-from align.training.fsdp import FsdpAdamW
-from align.training.optimisers import BUCKET, DataParallelAdamW, Optimiser, clip_shares
+from align.training.optimisers import BUCKET, clip_shares
 from align.training.sharding import launched_with
 
 SCORE = "score"
@@ -34,17 +31,6 @@ SCORE = "score"
 def zero_stage() -> int:
     """The stage that the launcher was told; 0 without DeepSpeed."""
     return int(launched_with()["zero_optimization"]["stage"]) if ranks.uses_deepspeed() else 0
-
-
-def new_optimiser(role: Role, settings: OptimSettings, scaler: GradScaler) -> Optimiser:
-    """The optimiser of a role as the launcher was told. Under ZeRO-3 and FSDP adapters are whole in every process, and
-    so is their optimiser."""
-    if isinstance(next(role.parameters()), DTensor):
-        return FsdpAdamW(role, settings, scaler)
-    stage = zero_stage()
-    if stage == 0 or (stage == 3 and role.trained is not None):
-        return DataParallelAdamW(role, settings, scaler)
-    return ZeroAdamW(role, settings, stage)
 
 
 class ZeroAdamW:

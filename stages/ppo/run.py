@@ -43,7 +43,7 @@ from align.training import fsdp
 from align.training.masked import Processes
 from align.training.precision import set_tf32, training_dtype
 from align.training.rows import TokenRow, demonstration_row, load_rows
-from align.training.zero import new_optimiser
+from align.training.strategy import new_optimiser
 from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
 from stages.ppo.models import Models, open_models, shard

@@ -26,7 +26,7 @@ from align.job import Input, Job
 from align.models.partitioned import whole_model
 from align.pipeline.processes import end
 from align.training.masked import Processes
-from align.training.zero import new_optimiser
+from align.training.strategy import new_optimiser
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from tests.distributed.process import signal_at, use
 from tests.distributed.zero_roles import ROLLOUTS, TRAINERS, new_roles, new_trainer, responses, train, weights
