@@ -56,8 +56,9 @@ def shard(role: Role) -> Role:
 def _divide(root: Any, role: Role) -> None:
     mesh = init_device_mesh(role.device.type, (ranks.size(),))
     layers = [module for module in role.body.modules() if type(module).__name__ in (role.body._no_split_modules or ())]
+    adapters = adapter_parameters(root)
     for module in [*layers, root]:
-        unit = fully_shard(module, mesh=mesh, reshard_after_forward=module is not root, ignored_params=adapter_parameters(root))
+        unit = fully_shard(module, mesh=mesh, reshard_after_forward=module is not root, ignored_params=adapters)
         unit.set_gradient_divide_factor(1.0)  # a sum, where FSDP would take the mean
         unit.set_force_sum_reduction_for_comms(True)
     root.set_reduce_scatter_unused_params(True)  # a pass without rows has none for the head

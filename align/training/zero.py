@@ -36,7 +36,8 @@ def zero_stage() -> int:
 class ZeroAdamW:
     """AdamW of which each process has the state of its share, and steps that: an `Optimiser`.
 
-    DeepSpeed averages gradients over the processes, where a sum is wanted: losses are multiplied by their number.
+    DeepSpeed averages gradients over the processes, where a sum is wanted: they are multiplied by their number. Losses
+    cannot be, which may have gradients for the optimiser of another role too.
     """
 
     is_sharded = True
@@ -52,7 +53,7 @@ class ZeroAdamW:
     def backward(self, loss: Tensor) -> None:
         self.sharded.clear_backward_seen_flag()  # as its own forward pass would
         self.engine.set_gradient_accumulation_boundary(False)
-        self.engine.backward(loss * ranks.size(), scale_wrt_gas=False)
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     def clip(self, max_norm: float) -> float:
         self.engine.set_gradient_accumulation_boundary(True)
@@ -61,6 +62,7 @@ class ZeroAdamW:
         else:
             self.sharded.finalize_gradient_accumulation_boundary()
         gradients = [gradient for group in self.sharded.averaged_gradients.values() for gradient in group]
+        torch._foreach_mul_(gradients, ranks.size())
         return clip_shares(gradients, max_norm)
 
     def step(self) -> None:

@@ -77,12 +77,15 @@ class PPOTrainer:
         self.shares_states = config.has_critic and config.critic.kind == "shared-head"
         self.models = {"actor": actor} | ({} if critic is None else {"critic": critic})
         self.settings = {"actor": config.optim, "critic": config.critic.optim}
-        self.ema = Ema(dict(actor.named_parameters()), config.ema) if config.ema else None
         self.precision, self.rounding = precision, ROUNDING[precision]
         self.scaler = loss_scaler(precision, actor.device)
         self.optimisers = {
-            name: new_optimiser(role, self.settings[name], self.scaler) for name, role in self.models.items()
+            name: (DataParallelAdamW if role is critic and self.shares_states else new_optimiser)(
+                role, self.settings[name], self.scaler
+            )
+            for name, role in self.models.items()
         }
+        self.ema = Ema(dict(actor.named_parameters()), config.ema) if config.ema else None
         self.kl_coef = config.kl.coef
         """Weight of the KL; moves with kl.target."""
         self.num_steps = 0

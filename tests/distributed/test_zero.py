@@ -27,6 +27,7 @@ METRICS = 5e-5
 """And of those between metrics, relative or absolute. Measured: 5e-6."""
 ROLES = ("actor", "critic", "reference")
 STAGES = [(strategy, variant) for strategy in ("ddp", "zero2", "zero3", "fsdp") for variant in ("full", "lora")]
+STAGES += [("ddp", "adapted reference"), ("fsdp", "adapted reference")]
 STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora"), ("fsdp", "full")]
 OPTIM = {"lr": 1e-3, "eps": 1e-5}
 SETTINGS: dict[str, Any] = {
@@ -36,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "micro_batch_size": 4,
     "optim": OPTIM,
     "critic": {"optim": OPTIM},
+    "ema": 0.5,
     "missing_eos": {"rule": "off"},
     "checkpoint": {"every_steps": 1},
 }
@@ -62,9 +64,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stage_case(world: World, strategy: str, variant: str) -> dict[str, Any]:
-    """With adapters one base plays all four roles; else there are four models."""
+    """With adapters one base plays all four roles; else there are four models, or the reference is the base of the
+    reward model's adapter."""
     lora = variant == "lora"
-    reward = replace(world.one("reward", lora).output(), adapter_of=world.policy.fingerprint if lora else None)
+    adapted = lora or variant == "adapted reference"
+    reward = replace(world.one("reward", adapted).output(), adapter_of=world.policy.fingerprint if adapted else None)
     inputs = {"policy": world.policy, "reference": world.policy, "reward": reward}
     data = {"path": world.files["sft"], "held_out": 0.2}
     return {
@@ -96,14 +100,17 @@ def gap(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float
 
 @pytest.mark.parametrize(("strategy", "variant"), TRAINERS)
 def test_two_processes_train_what_one_trains(strategy, variant, folder: Path):
-    """On the same eight responses, of which one process has five and the other three."""
+    """On the same eight responses, of which one process has five and the other three. Of the average too."""
     two = told(folder, f"{strategy}-{variant}", "trainer")
     assert [one["processes"] for one in two] == [2, 2] and two[0]["metrics"] == two[1]["metrics"]
-    trainer = new_trainer(new_roles(variant))
+    trainer = new_trainer(new_roles(variant), variant)
     before = weights(trainer)
     assert two[0]["metrics"] == [close(row) for row in train(trainer, range(ROWS), range(ROLLOUTS))]
     assert gap(load_file(folder / f"{strategy}-{variant}" / "weights.safetensors"), weights(trainer)) < WEIGHTS
-    assert gap(before, weights(trainer)) > 100 * WEIGHTS  # what makes the bound mean something
+    trained = weights(trainer)
+    trainer.ema.apply()
+    assert gap(load_file(folder / f"{strategy}-{variant}" / "average.safetensors"), weights(trainer)) < WEIGHTS
+    assert min(gap(trained, before), gap(trained, weights(trainer))) > 50 * WEIGHTS  # the bound means something
 
 
 @pytest.mark.parametrize(("strategy", "variant"), TRAINERS)

@@ -42,22 +42,27 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     use(strategy)
     mine = MINE[ranks.rank()]
     settings = {"new_optimiser": new_optimiser, "processes": Processes(ranks.total, ranks.highest)}
-    trainer = new_trainer(new_roles(variant, strategy), **settings)
+    trainer = new_trainer(new_roles(variant, strategy), variant, **settings)
     metrics = train(trainer, mine, range(ROLLOUTS - 1))
     held = {name: sum(held_of(one) for one in role.module.parameters()) for name, role in roles_of(trainer).items()}
     context = new_context(folder, "checkpoints", {})
     save_checkpoint(context, trainer, None, load_checkpoint(context, trainer)[1], ROLLOUTS - 1, 1, {"zero": strategy})
     metrics += train(trainer, mine, range(ROLLOUTS - 1, ROLLOUTS))
 
-    again = new_trainer(new_roles(variant, strategy), **settings)
+    again = new_trainer(new_roles(variant, strategy), variant, **settings)
     done, _ = load_checkpoint(context, again, None, {"zero": strategy})
     repeated = train(again, mine, range(done, ROLLOUTS))
     trained = weights(trainer)
     same = all(torch.equal(trained[name], one) for name, one in weights(again).items())
+    same &= all(torch.equal(again.ema.averages[name], one) for name, one in trainer.ema.averages.items())
+    said = {"metrics": metrics, "held": held, "resumed": same and repeated == metrics[-1:]}
+    said |= {"handed over": is_handed_over(trainer), "refused": is_refused(trainer, mine, trained)}
+    trainer.ema.apply()
+    average = weights(trainer)
     if ranks.is_main():
         save_file(trained, folder / "weights.safetensors")
-    said = {"metrics": metrics, "held": held, "resumed": same and repeated == metrics[-1:]}
-    return said | {"handed over": is_handed_over(trainer), "refused": is_refused(trainer, mine, trained)}
+        save_file(average, folder / "average.safetensors")
+    return said
 
 
 def is_handed_over(trainer: Any) -> bool:

@@ -13,7 +13,7 @@ from align.models.adapters import AdaptedBase
 from align.models.packed import pack
 from align.models.partitioned import whole_model
 from align.models.roles import Role, causal_role
-from align.models.value import ValueHead, separate_critic
+from align.models.value import ValueHead, separate_critic, shared_head
 from align.recipe.training_settings import LoraSettings, OptimSettings
 from align.training import fsdp
 from align.training.zero import shard_frozen, with_whole_head
@@ -26,11 +26,13 @@ from tests.models.tiny import new_opened
 
 TRAINERS = [("zero1", "full"), ("zero2", "full"), ("zero2", "lora"), ("zero3", "full"), ("zero3", "lora")]
 TRAINERS += [("fsdp", "full"), ("fsdp", "lora")]
+TRAINERS += [(strategy, "shared head") for strategy in ("zero1", "zero2", "zero3", "fsdp")]
 ROWS, WIDTH, ROLLOUTS = 8, 7, 3
 
 
 def new_roles(variant: str, strategy: str = "ddp") -> tuple[Role, Role, Role]:
-    """Actor, critic and reference: three models, or adapters on one base and that base."""
+    """Actor, critic and reference: three models, of which the critic may be a head on the actor's states; or adapters
+    on one base and that base."""
     if variant == "lora":
         base = AdaptedBase(new_opened().model, LoraSettings(rank=4, alpha=8))
         actor, critic, reference = base.actor(), base.critic(None), base.base_role()
@@ -38,7 +40,8 @@ def new_roles(variant: str, strategy: str = "ddp") -> tuple[Role, Role, Role]:
             actor.checkpoint_gradients()
     else:
         actor, body = causal_role(new_opened().model.train()), new_opened(1).model.base_model
-        critic = separate_critic(body, ValueHead(actor.width))
+        shares = variant == "shared head"
+        critic = shared_head(actor) if shares else separate_critic(body, ValueHead(actor.width))
         reference = causal_role(new_opened().model.eval().requires_grad_(False))
         actor.checkpoint_gradients()
     for role in (actor, critic, reference):
@@ -51,13 +54,15 @@ def new_roles(variant: str, strategy: str = "ddp") -> tuple[Role, Role, Role]:
     return actor, critic, reference
 
 
-def new_trainer(roles: tuple[Role, Role, Role], **settings: Any) -> PPOTrainer:
-    """Norms are clipped, and several passes make a step."""
+def new_trainer(roles: tuple[Role, Role, Role], variant: str, **settings: Any) -> PPOTrainer:
+    """Norms are clipped, and several passes make a step. A shared head is warmed up in the first rollout."""
     optim = OptimSettings(lr=1e-3, max_grad_norm=0.5)
     rollout = RolloutSettings(prompts=ROWS, max_response_tokens=WIDTH)
     steps = {"rollouts": ROLLOUTS, "rollout": rollout, "epochs": 2, "micro_batch_size": 2}
-    config = Config(**{**steps, "optim": optim, "critic": CriticSettings(optim=optim)})
-    return PPOTrainer(config, *roles, seed=0, **settings)
+    shares = variant == "shared head"
+    critic = CriticSettings(optim=optim, kind="shared-head" if shares else "auto")
+    config = Config(**{**steps, "optim": optim, "critic": critic, "ema": 0.5})
+    return PPOTrainer(config, *roles, seed=0, warmup=int(shares), **settings)
 
 
 def weights(trainer: PPOTrainer) -> dict[str, Tensor]:
