@@ -31,7 +31,7 @@ def share(parameter: Any) -> Tensor:
     """What this process holds of a parameter between passes, in its own memory: a part, or all where it is whole."""
     if hasattr(parameter, "ds_tensor"):
         return parameter.ds_tensor
-    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 @contextmanager

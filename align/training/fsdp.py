@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from align import ranks
 from align.models.lora import adapter_parameters, without_wrapper
+from align.models.partitioned import share
 from align.models.roles import Role
 from align.training.adamw import restore_state, state_tensors
 from align.training.optimisers import DataParallelAdamW, clip_shares
@@ -93,7 +94,7 @@ class FsdpAdamW(DataParallelAdamW):
     def tensors(self) -> dict[str, Tensor]:
         """Of this process's share, with the weights."""
         weights = {f"{index}.weights": one.detach() for index, one in enumerate(self.parameters)}
-        return {name: _local(one).contiguous() for name, one in (state_tensors(self.adamw) | weights).items()}
+        return {name: share(one).contiguous() for name, one in (state_tensors(self.adamw) | weights).items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -106,10 +107,6 @@ class FsdpAdamW(DataParallelAdamW):
             else:
                 state[name] = _share_like(parameter, one) if one.ndim else one  # a number: the steps taken
         restore_state(self.adamw, state)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _share_like(parameter: DTensor, local: Tensor) -> DTensor:

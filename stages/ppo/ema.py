@@ -39,4 +39,4 @@ class Ema:
 
 
 def _kept(parameter: nn.Parameter) -> Tensor:
-    return share(parameter).detach().to("cpu", torch.float32)
+    return share(parameter).to("cpu", torch.float32)

@@ -108,6 +108,7 @@ def test_two_processes_train_what_one_trains(strategy, variant, folder: Path):
     assert two[0]["metrics"] == [close(row) for row in train(trainer, range(ROWS), range(ROLLOUTS))]
     assert gap(load_file(folder / f"{strategy}-{variant}" / "weights.safetensors"), weights(trainer)) < WEIGHTS
     trained = weights(trainer)
+    assert trainer.ema is not None
     trainer.ema.apply()
     assert gap(load_file(folder / f"{strategy}-{variant}" / "average.safetensors"), weights(trainer)) < WEIGHTS
     assert min(gap(trained, before), gap(trained, weights(trainer))) > 50 * WEIGHTS  # the bound means something

@@ -54,6 +54,7 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     repeated = train(again, mine, range(done, ROLLOUTS))
     trained = weights(trainer)
     same = all(torch.equal(trained[name], one) for name, one in weights(again).items())
+    assert again.ema is not None and trainer.ema is not None
     same &= all(torch.equal(again.ema.averages[name], one) for name, one in trainer.ema.averages.items())
     said = {"metrics": metrics, "held": held, "resumed": same and repeated == metrics[-1:]}
     said |= {"handed over": is_handed_over(trainer), "refused": is_refused(trainer, mine, trained)}
