@@ -82,7 +82,7 @@ def _plain(name: str, parameter: nn.Parameter) -> Weight:
 def _adapted(layer: Any) -> Tensor:
     """W + s B A of the active adapters, float32; W as its 4 bits decode, if it is in NF4."""
     base = layer.get_base_layer()
-    weight = (base.decoded() if hasattr(base, "decoded") else base).weight.detach().float()
+    weight = full((base.decoded() if hasattr(base, "decoded") else base).weight.detach()).float()
     for adapter in layer.active_adapters:
         if adapter in layer.lora_A:
             weight = weight + layer.get_delta_weight(adapter).float()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 from align.recipe.training_settings import LoraSettings
@@ -60,6 +61,13 @@ def _decode(model: PeftModel) -> None:
 def without_wrapper(model: Any) -> Any:
     """The model itself, with its adapters still in place and at work: for what reaches into backbone and head."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def adapter_parameters(model: torch.nn.Module) -> set[torch.nn.Parameter]:
+    """Of all adapters on a model."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    parts = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+    return {parameter for part in parts for parameter in part.parameters()}
 
 
 def save_adapter(model: Any, folder: Path) -> None:

@@ -27,6 +27,13 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def share(parameter: Any) -> Tensor:
+    """What this process holds of a parameter between passes, in its own memory: a part, or all where it is whole."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+
+
 @contextmanager
 def whole_model(model: nn.Module) -> Iterator[None]:
     """Inside, all parameters of a model are whole, and each process may call it by itself. All processes come here."""

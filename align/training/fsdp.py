@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from align import ranks
+from align.models.lora import adapter_parameters, without_wrapper
+from align.models.partitioned import share
 from align.models.roles import Role
 from align.training.adamw import restore_state, state_tensors
 from align.training.optimisers import DataParallelAdamW, clip_shares
@@ -36,19 +37,10 @@ def allow_on_cpu() -> None:
 def shard(role: Role) -> Role:
     """The same role, each process with its part of the weights. Those of a layer are whole while it computes; those of
     the embeddings and the head, which may be tied, from the body's pass to the end of the role's turn or of its
-    backward pass. Where adapters are on the model everything stays whole, as other roles may compute with it."""
-    root: Any = role.module
-    if any(isinstance(module, BaseTunerLayer) for module in root.modules()):
-        return role
-    mesh = init_device_mesh(role.device.type, (ranks.size(),))
-    layers = [module for module in role.body.modules() if type(module).__name__ in (role.body._no_split_modules or ())]
-    for module in [*layers, root]:
-        unit = fully_shard(module, mesh=mesh, reshard_after_forward=module is not root)
-        unit.set_gradient_divide_factor(1.0)  # a sum, where FSDP would take the mean
-        unit.set_force_sum_reduction_for_comms(True)
-    root.set_reduce_scatter_unused_params(True)  # a pass without rows has none for the head
-    setattr(root, BODY, role.body.__call__)
-    register_fsdp_forward_method(root, BODY)
+    backward pass. Adapters stay whole: they are small. Several roles may be on one model."""
+    root: Any = without_wrapper(role.module)
+    if not isinstance(root, FSDPModule):
+        _divide(root, role)
 
     @contextmanager
     def switch() -> Iterator[None]:
@@ -60,6 +52,19 @@ def shard(role: Role) -> Role:
                 root.reshard()
 
     return replace(role, body=_Body(root, role.body), switch=switch)
+
+
+def _divide(root: Any, role: Role) -> None:
+    mesh = init_device_mesh(role.device.type, (ranks.size(),))
+    layers = [module for module in role.body.modules() if type(module).__name__ in (role.body._no_split_modules or ())]
+    adapters = adapter_parameters(root)
+    for module in [*layers, root]:
+        unit = fully_shard(module, mesh=mesh, reshard_after_forward=module is not root, ignored_params=adapters)
+        unit.set_gradient_divide_factor(1.0)  # a sum, where FSDP would take the mean
+        unit.set_force_sum_reduction_for_comms(True)
+    root.set_reduce_scatter_unused_params(True)  # a pass without rows has none for the head
+    setattr(root, BODY, role.body.__call__)
+    register_fsdp_forward_method(root, BODY)
 
 
 class _Body:
@@ -89,7 +94,7 @@ class FsdpAdamW(DataParallelAdamW):
     def tensors(self) -> dict[str, Tensor]:
         """Of this process's share, with the weights."""
         weights = {f"{index}.weights": one.detach() for index, one in enumerate(self.parameters)}
-        return {name: _local(one).contiguous() for name, one in (state_tensors(self.adamw) | weights).items()}
+        return {name: share(one).contiguous() for name, one in (state_tensors(self.adamw) | weights).items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -102,10 +107,6 @@ class FsdpAdamW(DataParallelAdamW):
             else:
                 state[name] = _share_like(parameter, one) if one.ndim else one  # a number: the steps taken
         restore_state(self.adamw, state)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _share_like(parameter: DTensor, local: Tensor) -> DTensor:

@@ -15,16 +15,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.amp import GradScaler
-from torch.distributed.tensor import DTensor
 
 from align import ranks
 from align.models.partitioned import is_partitioned, whole_model
 from align.models.roles import Role
 from align.recipe.training_settings import OptimSettings
 from align.training.adamw import new_adamw
-from align.training.fsdp import FsdpAdamW
-from align.training.optimisers import BUCKET, DataParallelAdamW, Optimiser
+from align.training.optimisers import BUCKET
 from align.training.sharding import launched_with
 
 SCORE = "score"
@@ -36,21 +33,12 @@ def zero_stage() -> int:
     return int(launched_with()["zero_optimization"]["stage"]) if ranks.uses_deepspeed() else 0
 
 
-def new_optimiser(role: Role, settings: OptimSettings, scaler: GradScaler) -> Optimiser:
-    """The optimiser of a role as the launcher was told. Under ZeRO-3 and FSDP adapters are whole in every process, and
-    so is their optimiser."""
-    if isinstance(next(role.parameters()), DTensor):
-        return FsdpAdamW(role, settings, scaler)
-    stage = zero_stage()
-    if stage == 0 or (stage == 3 and role.trained is not None):
-        return DataParallelAdamW(role, settings, scaler)
-    return ZeroAdamW(role, settings, stage)
-
-
 class ZeroAdamW:
     """AdamW of which each process has the state of its share, and steps that: an `Optimiser`.
 
-    DeepSpeed averages gradients over the processes, where a sum is wanted: losses are multiplied by their number.
+    DeepSpeed averages gradients over the processes, where a sum is wanted. Losses cannot be multiplied by their number,
+    because they may have gradients for the optimiser of another role too. So its loss scale is one over that number:
+    what it divides gradients by when it clips and steps.
     """
 
     is_sharded = True
@@ -62,11 +50,12 @@ class ZeroAdamW:
         self.stage = stage
         self.engine = _initialize(module, optimizer=new_adamw(parameters, settings))
         self.sharded: Any = self.engine.optimizer
+        self.sharded.loss_scale = 1 / ranks.size()
 
     def backward(self, loss: Tensor) -> None:
         self.sharded.clear_backward_seen_flag()  # as its own forward pass would
         self.engine.set_gradient_accumulation_boundary(False)
-        self.engine.backward(loss * ranks.size(), scale_wrt_gas=False)
+        self.engine.backward(loss / self.sharded.loss_scale, scale_wrt_gas=False)  # which it multiplies by that
 
     def clip(self, max_norm: float) -> float:
         self.engine.set_gradient_accumulation_boundary(True)
@@ -75,11 +64,14 @@ class ZeroAdamW:
         else:
             self.sharded.finalize_gradient_accumulation_boundary()
         self.sharded.clip_grad = max_norm  # its step clips, wherever the gradients are
+        return float(self._scaled_norm()) / self.sharded.loss_scale
+
+    def _scaled_norm(self) -> Tensor:
         if self.stage < 3:
-            return float(self.sharded.scaled_global_norm())
+            return self.sharded.scaled_global_norm()
         from deepspeed.runtime.utils import combine_grad_norm_groups  # optional
 
-        return float(combine_grad_norm_groups(self.sharded._get_norm_groups()))
+        return combine_grad_norm_groups(self.sharded._get_norm_groups())
 
     def step(self) -> None:
         self.engine.step()

@@ -20,13 +20,13 @@ from align.context import Context
 from align.models.partitioned import is_partitioned
 from align.models.roles import Role
 from align.training.checkpoints import ONE_PROCESS, checkpoint_folder, keep_newest, resumable
-from align.training.optimisers import Optimiser, check_replicas
+from align.training.optimisers import check_replicas
 from stages.ppo.alarms import History
 from stages.ppo.inflight import Flight, State
 from stages.ppo.trainer import PPOTrainer
 
 STATE = "state.json"
-AVERAGE = "average.safetensors"
+AVERAGE = "average"
 
 
 def save_checkpoint(
@@ -47,7 +47,9 @@ def save_checkpoint(
             _save_shared(folder, trainer, history, rollouts)
         for name, optimiser in trainer.optimisers.items():
             if optimiser.is_sharded or context.is_main:
-                save_file(optimiser.tensors(), _optimiser(folder, name, optimiser))
+                save_file(optimiser.tensors(), _tensors(folder, f"{name}_optimiser", optimiser.is_sharded))
+        if trainer.ema is not None and (trainer.ema.is_sharded or context.is_main):
+            save_file(trainer.ema.averages, _tensors(folder, AVERAGE, trainer.ema.is_sharded))
         if flight is not None:
             _in_flight(folder).write_text(json.dumps(asdict(flight.state)), encoding="utf-8")
     if context.is_main:
@@ -57,8 +59,6 @@ def save_checkpoint(
 def _save_shared(folder: Path, trainer: PPOTrainer, history: History, rollouts: int) -> None:
     for name, role in trainer.models.items():
         save_file({key: one.contiguous() for key, one in _trained(role).items()}, folder / f"{name}.safetensors")
-    if trainer.ema is not None:
-        save_file(trainer.ema.averages, folder / AVERAGE)
     state = {
         "rollouts": rollouts,
         "num_steps": trainer.num_steps,
@@ -69,9 +69,9 @@ def _save_shared(folder: Path, trainer: PPOTrainer, history: History, rollouts: 
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
-def _optimiser(folder: Path, name: str, optimiser: Optimiser) -> Path:
+def _tensors(folder: Path, name: str, is_sharded: bool) -> Path:
     """This process's file, or that of all."""
-    return folder / f"{name}_optimiser{f'-{ranks.rank()}' if optimiser.is_sharded else ''}.safetensors"
+    return folder / f"{name}{f'-{ranks.rank()}' if is_sharded else ''}.safetensors"
 
 
 def _in_flight(folder: Path) -> Path:
@@ -91,9 +91,9 @@ def load_checkpoint(
     for name, role in trainer.models.items():
         _restore(_trained(role), load_file(folder / f"{name}.safetensors"))
     for name, optimiser in trainer.optimisers.items():
-        optimiser.restore(load_file(_optimiser(folder, name, optimiser)))
+        optimiser.restore(load_file(_tensors(folder, f"{name}_optimiser", optimiser.is_sharded)))
     if trainer.ema is not None:
-        _restore(trainer.ema.averages, load_file(folder / AVERAGE))
+        _restore(trainer.ema.averages, load_file(_tensors(folder, AVERAGE, trainer.ema.is_sharded)))
     if flight is not None:
         flight.state = State.restored(json.loads(_in_flight(folder).read_text(encoding="utf-8")))
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))

@@ -28,29 +28,19 @@ def process_problems(config: Config, processes: int) -> dict[str, str]:
 
 def zero_problems(config: Config, stage: int) -> dict[str, str]:
     """As `Settings.zero_problems`."""
-    if stage == 0:
+    if stage < 3:
         return {}
-    problems = _shares_problems(config, "ZeRO")
-    if stage == 3:
-        problems |= _parts_problems(config, "ZeRO-3")
-        if config.gradient_checkpointing != "none" and config.lora is not None:
-            what = "frozen weights that are in parts cannot be computed with again (ZeRO-3 with LoRA)"
-            problems["gradient_checkpointing"] = what
+    problems = _parts_problems(config, "ZeRO-3")
+    if config.gradient_checkpointing != "none" and config.lora is not None:
+        what = "frozen weights that are in parts cannot be computed with again (ZeRO-3 with LoRA)"
+        problems["gradient_checkpointing"] = what
     return problems
 
 
 def fsdp_problems(config: Config, offloads: bool) -> dict[str, str]:
     """As `Settings.fsdp_problems`."""
     moved = {"launch": "shares cannot be moved to main memory under FSDP in this stage"} if offloads else {}
-    return moved | _shares_problems(config, "FSDP") | _parts_problems(config, "FSDP")
-
-
-def _shares_problems(config: Config, how: str) -> dict[str, str]:
-    """What is not done with optimisers of which each process has a share."""
-    problems = {}
-    if config.has_critic and config.critic.kind == "shared-head":
-        problems["critic.kind"] = f"a head on the actor's own states cannot be trained under {how}"
-    return problems
+    return moved | _parts_problems(config, "FSDP")
 
 
 def _parts_problems(config: Config, how: str) -> dict[str, str]:
@@ -58,7 +48,6 @@ def _parts_problems(config: Config, how: str) -> dict[str, str]:
     lora, rollout = config.lora, config.rollout
     together = f"processes that hold a weight together cannot work at a pace of their own, as under {how}"
     problems = {
-        "ema": (f"weights that are in parts are not averaged ({how})", config.ema is not None and lora is None),
         "fp32_lm_head": (f"a head that is in parts is not computed in float32 ({how})", config.fp32_lm_head),
         "offload": (f"models that are in parts stay on the GPU ({how})", bool(config.offload)),
         "lora.quantise": (f"4-bit weights cannot be parted ({how})", bool(lora and lora.quantise)),

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+from align.models.partitioned import is_partitioned, share
 
 
 class Ema:
     """average <- decay * average + (1 - decay) * weights, once per rollout, started at the weights as they are.
 
     The averages are kept in float32 on the CPU: they cost no GPU memory, and in bfloat16 most of their small steps
-    would be rounded away. After n updates the start still has the weight decay^n.
+    would be rounded away. After n updates the start still has the weight decay^n. Of weights that are in parts each
+    process averages its own.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float):
         self.parameters, self.decay = parameters, decay
+        self.is_sharded = any(map(is_partitioned, parameters.values()))
+        """Whether `averages` are of this process's share; else they are the same in all processes."""
         self.averages: dict[str, Tensor] = {name: _kept(parameter).clone() for name, parameter in parameters.items()}
         """By parameter name: all that a checkpoint needs."""
 
@@ -26,21 +30,13 @@ class Ema:
         for name, parameter in self.parameters.items():
             self.averages[name].lerp_(_kept(parameter), 1 - self.decay)
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The parameters hold the averages inside, and the trained weights, bit for bit, afterwards."""
-        trained = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
-        try:
-            self._put(self.averages)
-            yield
-        finally:
-            self._put(trained)
-
     @torch.no_grad()
-    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+    def apply(self) -> None:
+        """Puts the averages into the parameters, in place of the trained weights. Call it before they are made whole
+        for good."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[name])
+            share(parameter).copy_(self.averages[name])
 
 
 def _kept(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().to("cpu", torch.float32)
+    return share(parameter).to("cpu", torch.float32)

@@ -69,7 +69,7 @@ def open_models(config: Config, context: Context, device: torch.device) -> Model
 def shard(models: Models) -> None:
     """Under ZeRO-3: leaves each process with its part of the weights that are not trained; those that are trained are
     the optimiser's to shard. Only adapters, which are small, and the heads of reward models stay whole. Under FSDP: of
-    all weights, but of those that adapters are on."""
+    all weights but adapters."""
     if ranks.uses_fsdp() and ranks.size() > 1:
         models.actor, models.reference = fsdp.shard(models.actor), fsdp.shard(models.reference)
         models.critic = models.critic and fsdp.shard(models.critic)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -43,7 +43,7 @@ from align.training import fsdp
 from align.training.masked import Processes
 from align.training.precision import set_tf32, training_dtype
 from align.training.rows import TokenRow, demonstration_row, load_rows
-from align.training.zero import new_optimiser
+from align.training.strategy import new_optimiser
 from stages.ppo.config import Config
 from stages.ppo.loop import Loop, Question
 from stages.ppo.models import Models, open_models, shard
@@ -100,22 +100,23 @@ def run(config: Config, context: Context) -> StageResult:
     )
     with closing(engine):
         done = loop.run()
+        if trainer.ema is not None:
+            trainer.ema.apply()
         make_whole(policy.model)
         fsdp.leave(policy.model)
-        with nullcontext() if trainer.ema is None else trainer.ema.applied():
-            loop.sync()
-            probes = loop.sample_sequences(NUM_PROBES)
-            metrics = evaluate_stage(
-                context,
-                evaluation,
-                engine,
-                models.actor,
-                policy.renderer,
-                prompts,
-                reference=models.reference,
-                scorer=rewarder.total,
-            )
-            _, handover = commit_policy(context.commit_model(), policy.model, policy, probes)
+        loop.sync()
+        probes = loop.sample_sequences(NUM_PROBES)
+        metrics = evaluate_stage(
+            context,
+            evaluation,
+            engine,
+            models.actor,
+            policy.renderer,
+            prompts,
+            reference=models.reference,
+            scorer=rewarder.total,
+        )
+        _, handover = commit_policy(context.commit_model(), policy.model, policy, probes)
     for tracker in accelerator.trackers:
         tracker.finish()
     counts = {

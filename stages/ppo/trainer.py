@@ -72,12 +72,14 @@ class PPOTrainer:
         self.objectives = Objectives(config, actor, critic, self.passes.autocast)
         self.models = {"actor": actor} | ({} if critic is None else {"critic": critic})
         self.settings = {"actor": config.optim, "critic": config.critic.optim}
-        self.ema = Ema(dict(actor.named_parameters()), config.ema) if config.ema else None
         self.precision, self.rounding = precision, ROUNDING[precision]
         self.scaler = loss_scaler(precision, actor.device)
+        of_critic = DataParallelAdamW if self.shares_states else new_optimiser  # a head alone is too small to divide
+        new = {"actor": new_optimiser, "critic": of_critic}
         self.optimisers = {
-            name: new_optimiser(role, self.settings[name], self.scaler) for name, role in self.models.items()
+            name: new[name](role, self.settings[name], self.scaler) for name, role in self.models.items()
         }
+        self.ema = Ema(dict(actor.named_parameters()), config.ema) if config.ema else None
         self.kl_coef = config.kl.coef
         """Weight of the KL; moves with kl.target."""
         self.num_steps = 0

@@ -35,6 +35,8 @@ STOPPED = [
 ]
 PRECOMPUTED = ["ddp", "zero3"]
 SAMPLED = ["zero3", "fsdp"]
+QUANTISED = ["ddp", "zero2"]
+NF4: dict[str, Any] = {"lora": {**LORA["lora"], "quantise": "nf4"}}
 
 
 def case_name(kind: str, strategy: str, lora: bool) -> str:
@@ -129,6 +131,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for strategy in PRECOMPUTED:
         name = f"dpo-{strategy}-precomputed"
         cases.append({"name": name, "kind": "dpo", "strategy": strategy, "settings": precomputed})
+    quantised = world.settings("sft", **NF4)
+    for strategy in QUANTISED:
+        cases.append({"name": f"sft-{strategy}-nf4", "kind": "sft", "strategy": strategy, "settings": quantised})
     for name, source in world.sources().items():
         cases.append({"name": name, "strategy": "zero3", "source": asdict(source)})
     world.start(cases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.metrics import JsonLines
 from align.records import read_manifest
-from tests.distributed.conftest import CASES, PRECOMPUTED, SAMPLED, STOPPED, World, case_name
+from tests.distributed.conftest import CASES, NF4, PRECOMPUTED, QUANTISED, SAMPLED, STOPPED, World, case_name
 from tests.stages.harness import STEPS, Run, weights_hash
 
 LOSS = 2e-6
@@ -82,6 +83,15 @@ def test_a_mean_over_pairs_is_no_mean_of_means(world: World):
 def test_a_reference_computed_before_the_training_is_the_same(strategy, world: World):
     """By both processes, of their own rows; under ZeRO-3 from weights of which each holds a part."""
     one, two = world.one("dpo"), world.two(f"dpo-{strategy}-precomputed")
+    assert [row["loss"] for row in two.metrics()] == pytest.approx([row["loss"] for row in one.metrics()], abs=LOSS)
+    assert gap(one, two) < WEIGHTS
+
+
+@pytest.mark.parametrize("strategy", QUANTISED)
+def test_adapters_on_a_base_in_4_bits(strategy, world: World, tmp_path: Path):
+    """As in one process: its base is whole in each."""
+    one, two = Run("sft", tmp_path, world.policy, world.settings("sft", **NF4)), world.two(f"sft-{strategy}-nf4")
+    one()
     assert [row["loss"] for row in two.metrics()] == pytest.approx([row["loss"] for row in one.metrics()], abs=LOSS)
     assert gap(one, two) < WEIGHTS
 

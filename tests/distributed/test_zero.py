@@ -33,11 +33,11 @@ WEIGHTS = 1e-5
 METRICS = 5e-5
 """And of those between metrics, relative or absolute. Measured: 5e-6."""
 ROLES = ("actor", "critic", "reference")
-STRATEGIES = ("ddp", "zero2", "zero3")
 ENGINES = [("ddp", "vllm"), ("zero3", "vllm"), ("fsdp", "vllm"), ("zero3", "vllm-server")]
 """Strategies, and what each process samples with: the last stage loses a server on the way."""
-STAGES = [(strategy, variant) for strategy in STRATEGIES for variant in ("full", "lora")]
-STAGES += [(strategy, "full") for strategy in ("zero2-offload", "zero3-offload", "fsdp")] + ENGINES
+STAGES = [(strategy, variant) for strategy in ("ddp", "zero2", "zero3", "fsdp") for variant in ("full", "lora")]
+STAGES += [("ddp", "adapted reference"), ("fsdp", "adapted reference")]
+STAGES += [("zero2-offload", "full"), ("zero3-offload", "full"), *ENGINES]
 STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora"), ("fsdp", "full")]
 GIVEN_UP = ["zero3", "fsdp"]
 MISMATCH = 1e-4
@@ -50,6 +50,7 @@ SETTINGS: dict[str, Any] = {
     "micro_batch_size": 4,
     "optim": OPTIM,
     "critic": {"optim": OPTIM},
+    "ema": 0.5,
     "missing_eos": {"rule": "off"},
     "checkpoint": {"every_steps": 1},
 }
@@ -99,9 +100,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, endpoint: Server) -> Path:
 
 
 def stage_case(world: World, strategy: str, variant: str) -> dict[str, Any]:
-    """With adapters one base plays all four roles; else there are four models. `variant` may name an engine."""
+    """With adapters one base plays all four roles; else there are four models, or the reference is the base of the
+    reward model's adapter. `variant` may name an engine."""
     lora = variant == "lora"
-    reward = replace(world.one("reward", lora).output(), adapter_of=world.policy.fingerprint if lora else None)
+    adapted = lora or variant == "adapted reference"
+    reward = replace(world.one("reward", adapted).output(), adapter_of=world.policy.fingerprint if adapted else None)
     policy, rollout = world.policy, SETTINGS["rollout"]
     if (strategy, variant) in ENGINES:
         policy = wide_policy(world)
@@ -143,14 +146,18 @@ def gap(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float
 
 @pytest.mark.parametrize(("strategy", "variant"), TRAINERS)
 def test_two_processes_train_what_one_trains(strategy, variant, folder: Path):
-    """On the same eight responses, of which one process has five and the other three."""
+    """On the same eight responses, of which one process has five and the other three. Of the average too."""
     two = told(folder, f"{strategy}-{variant}", "trainer")
     assert [one["processes"] for one in two] == [2, 2] and two[0]["metrics"] == two[1]["metrics"]
-    trainer = new_trainer(new_roles(variant))
+    trainer = new_trainer(new_roles(variant), variant)
     before = weights(trainer)
     assert two[0]["metrics"] == [close(row) for row in train(trainer, range(ROWS), range(ROLLOUTS))]
     assert gap(load_file(folder / f"{strategy}-{variant}" / "weights.safetensors"), weights(trainer)) < WEIGHTS
-    assert gap(before, weights(trainer)) > 100 * WEIGHTS  # what makes the bound mean something
+    trained = weights(trainer)
+    assert trainer.ema is not None
+    trainer.ema.apply()
+    assert gap(load_file(folder / f"{strategy}-{variant}" / "average.safetensors"), weights(trainer)) < WEIGHTS
+    assert min(gap(trained, before), gap(trained, weights(trainer))) > 50 * WEIGHTS  # the bound means something
 
 
 @pytest.mark.parametrize(("strategy", "variant"), TRAINERS)
@@ -180,15 +187,23 @@ def test_the_state_of_the_optimiser_is_on_a_disk_and_then_gone(folder: Path):
     assert not list((folder / "disk").iterdir())
 
 
-def test_fsdp_divides_all_weights_but_those_with_adapters(folder: Path):
+@pytest.mark.parametrize("variant", ["full", "lora"])
+def test_fsdp_divides_all_weights_but_adapters(variant, folder: Path):
     """By rows: of one row, which a value head is, the first process has all."""
-    roles = zip(ROLES, new_roles("full"), strict=True)
-    whole = {name: sum(one.numel() for one in role.module.parameters()) for name, role in roles}
-    held = [one["held"] for one in told(folder, "fsdp-full", "trainer")]
-    assert {name: sum(one[name] for one in held) for name in ROLES} == whole
-    assert held[1] == dict.fromkeys(ROLES, whole["actor"] // 2)
-    adapted = sum(one.numel() for one in new_roles("lora")[0].module.parameters())
-    assert [one["held"] for one in told(folder, "fsdp-lora", "trainer")] == [dict.fromkeys(ROLES, adapted)] * 2
+    adapters, whole = {}, {}
+    for name, role in zip(ROLES, new_roles(variant), strict=True):
+        numbers = {key: one.numel() for key, one in role.module.named_parameters()}
+        whole[name] = sum(numbers.values())
+        adapters[name] = sum(one for key, one in numbers.items() if "lora_" in key)
+    first, second = (one["held"] for one in told(folder, f"fsdp-{variant}", "trainer"))
+    assert {name: first[name] + second[name] for name in ROLES} == {n: whole[n] + adapters[n] for n in ROLES}
+    assert second == dict.fromkeys(ROLES, (whole["actor"] + adapters["actor"]) // 2)
+
+
+@pytest.mark.parametrize(("strategy", "variant"), TRAINERS)
+def test_an_engine_is_given_the_weights_that_are_trained(strategy, variant, folder: Path):
+    """A few at a time, though they are in parts and have adapters."""
+    assert [one["handed over"] for one in told(folder, f"{strategy}-{variant}", "trainer")] == [True, True]
 
 
 @pytest.mark.parametrize(("name", "layers"), [("zero3-full", 1), ("zero3-lora", 1), ("fsdp-full", 0)])

@@ -26,9 +26,10 @@ from align.context import Context
 from align.errors import AlignError, NumericError
 from align.generation.weights import effective_weights, gathered
 from align.job import Input
+from align.models.partitioned import whole_model
 from align.pipeline.processes import end
 from align.training.masked import Processes
-from align.training.zero import new_optimiser
+from align.training.strategy import new_optimiser
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from tests.distributed.process import signal_at, use
 from tests.distributed.zero_roles import ROLLOUTS, TRAINERS, new_roles, new_trainer, responses, train, weights
@@ -47,7 +48,7 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(disk.with_suffix(".json"))
     mine = MINE[ranks.rank()]
     settings = {"new_optimiser": new_optimiser, "processes": Processes(ranks.total, ranks.highest)}
-    trainer = new_trainer(new_roles(variant, strategy), **settings)
+    trainer = new_trainer(new_roles(variant, strategy), variant, **settings)
     metrics = train(trainer, mine, range(ROLLOUTS - 1))
     held = {name: sum(held_of(one) for one in role.module.parameters()) for name, role in roles_of(trainer).items()}
     read = layers_while_read(trainer.models["actor"].module)
@@ -56,16 +57,30 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     metrics += train(trainer, mine, range(ROLLOUTS - 1, ROLLOUTS))
     on_disk = len(list(disk.glob(f"*/*/optimizer/rank{ranks.rank()}/*.swp")))
 
-    again = new_trainer(new_roles(variant, strategy), **settings)
+    again = new_trainer(new_roles(variant, strategy), variant, **settings)
     done, _ = load_checkpoint(context, again, None, {"zero": strategy})
     repeated = train(again, mine, range(done, ROLLOUTS))
     trained = weights(trainer)
     same = all(torch.equal(trained[name], one) for name, one in weights(again).items())
+    assert again.ema is not None and trainer.ema is not None
+    same &= all(torch.equal(again.ema.averages[name], one) for name, one in trainer.ema.averages.items())
+    said = {"metrics": metrics, "held": held, "resumed": same and repeated == metrics[-1:]}
+    said |= {"handed over": is_handed_over(trainer), "refused": is_refused(trainer, mine, trained)}
+    trainer.ema.apply()
+    average = weights(trainer)
     if ranks.is_main():
         save_file(trained, folder / "weights.safetensors")
-    said = {"metrics": metrics, "held": held, "read": read, "on_disk": on_disk}
-    said["resumed"] = same and repeated == metrics[-1:]
-    return said | {"refused": is_refused(trainer, mine, trained)}
+        save_file(average, folder / "average.safetensors")
+    return said | {"read": read, "on_disk": on_disk}
+
+
+def is_handed_over(trainer: Any) -> bool:
+    """Whether an engine would be given what the actor is when it is whole."""
+    model = trainer.actor.module
+    given = {weight.name: one.clone() for weight, one in gathered(effective_weights(model))}
+    with whole_model(model):
+        expected = {weight.name: one.clone() for weight, one in gathered(effective_weights(model))}
+    return given.keys() == expected.keys() and all(torch.equal(given[name], one) for name, one in expected.items())
 
 
 def is_refused(trainer: Any, mine: list[int], before: dict[str, Tensor]) -> bool:

@@ -14,7 +14,7 @@ from align.models.adapters import AdaptedBase
 from align.models.packed import pack
 from align.models.partitioned import whole_model
 from align.models.roles import Role, causal_role
-from align.models.value import ValueHead, separate_critic
+from align.models.value import ValueHead, separate_critic, shared_head
 from align.recipe.training_settings import LoraSettings, OptimSettings
 from align.training import fsdp
 from align.training.zero import shard_frozen, with_whole_head
@@ -28,21 +28,25 @@ from tests.models.tiny import CONFIG, new_opened
 TRAINERS = [("zero1", "full"), ("zero2", "full"), ("zero2", "lora"), ("zero3", "full"), ("zero3", "lora")]
 TRAINERS += [(strategy, variant) for strategy in ("zero2-offload", "zero3-offload") for variant in ("full", "lora")]
 TRAINERS += [("fsdp", "full"), ("fsdp", "lora")]
+TRAINERS += [(strategy, "shared head") for strategy in ("zero1", "zero2", "zero3", "fsdp")]
 HAS_LIBAIO = Path("/usr/include/libaio.h").exists()
 TRAINERS += [("zero3-nvme", "wide")] if HAS_LIBAIO else []
 ROWS, WIDTH, ROLLOUTS = 8, 7, 3
 
 
 def new_roles(variant: str, strategy: str = "ddp") -> tuple[Role, Role, Role]:
-    """Actor, critic and reference: three models, or adapters on one base and that base. wide: models of which a half is
-    above the MiB that DeepSpeed moves to a disk."""
+    """Actor, critic and reference: three models, of which the critic may be a head on the actor's states; or adapters
+    on one base and that base. wide: models of which a half is above the MiB that DeepSpeed moves to a disk."""
     config = CONFIG.model_copy(update={"hidden": 256}) if variant == "wide" else CONFIG
     if variant == "lora":
         base = AdaptedBase(new_opened().model, LoraSettings(rank=4, alpha=8))
         actor, critic, reference = base.actor(), base.critic(None), base.base_role()
+        if strategy == "fsdp":
+            actor.checkpoint_gradients()
     else:
         actor, body = causal_role(new_opened(0, config).model.train()), new_opened(1, config).model.base_model
-        critic = separate_critic(body, ValueHead(actor.width))
+        shares = variant == "shared head"
+        critic = shared_head(actor) if shares else separate_critic(body, ValueHead(actor.width))
         reference = causal_role(new_opened(0, config).model.eval().requires_grad_(False))
         actor.checkpoint_gradients()
     for role in (actor, critic, reference):
@@ -55,13 +59,15 @@ def new_roles(variant: str, strategy: str = "ddp") -> tuple[Role, Role, Role]:
     return actor, critic, reference
 
 
-def new_trainer(roles: tuple[Role, Role, Role], **settings: Any) -> PPOTrainer:
-    """Norms are clipped, and several passes make a step."""
+def new_trainer(roles: tuple[Role, Role, Role], variant: str, **settings: Any) -> PPOTrainer:
+    """Norms are clipped, and several passes make a step. A shared head is warmed up in the first rollout."""
     optim = OptimSettings(lr=1e-3, max_grad_norm=0.5)
     rollout = RolloutSettings(prompts=ROWS, max_response_tokens=WIDTH)
     steps = {"rollouts": ROLLOUTS, "rollout": rollout, "epochs": 2, "micro_batch_size": 2}
-    config = Config(**{**steps, "optim": optim, "critic": CriticSettings(optim=optim)})
-    return PPOTrainer(config, *roles, seed=0, **settings)
+    shares = variant == "shared head"
+    critic = CriticSettings(optim=optim, kind="shared-head" if shares else "auto")
+    config = Config(**{**steps, "optim": optim, "critic": critic, "ema": 0.5})
+    return PPOTrainer(config, *roles, seed=0, warmup=int(shares), **settings)
 
 
 def weights(trainer: PPOTrainer) -> dict[str, Tensor]:
