@@ -121,8 +121,8 @@ copies, and weights that were let go and stay in the heap, both found by followi
 time. With two processes and fewer than half a billion weights ZeRO needs as much as ddp or more, because all gradients
 fit into one bucket, and all weights may stay gathered.
 
-The loop of ppo and grpo is our own: it adds up 64 MiB of gradients at a time, under every strategy, and of models in
-parts only the policy is ever whole. What the estimate leaves out under zero3 is the file of a reward model: the head,
+The loop of ppo and grpo is our own: but for fsdp it adds up 64 MiB of gradients at a time, and of models that are in
+parts only the policy is ever whole. What the estimate leaves out under zero3 is the file of a reward model: its head,
 which stays whole, keeps all of it mapped. Processes share those pages, and give them back where memory is short.
 
 What was measured varies from run to run: reward, full, in one process took 2302, 2633 and 2721 MiB. Not measured: GPUs,
