@@ -88,13 +88,8 @@ def _check_disk_access() -> None:
     accelerator: Any = get_accelerator()
     if shutil.which("ninja") is None or not accelerator.create_op_builder("AsyncIOBuilder").is_compatible():
         what = "DeepSpeed moves states to a disk with libaio, and a program that uses it cannot be built here"
-        raise ConfigError(
-            Problem(
-                "launch.strategy",
-                what,
-                "install libaio with its headers (libaio-dev), a C++ compiler, and ninja on the PATH",
-            )
-        )
+        hint = "install libaio with its headers (libaio-dev), a C++ compiler, and ninja on the PATH"
+        raise ConfigError(Problem("launch.strategy", what, hint))
 
 
 def layout(accelerator: Accelerator) -> dict[str, Any]:
