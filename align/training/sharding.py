@@ -86,17 +86,18 @@ def _check_disk_access() -> None:
     from deepspeed.accelerator import get_accelerator
 
     accelerator: Any = get_accelerator()
-    if not accelerator.create_op_builder("AsyncIOBuilder").is_compatible():
+    if shutil.which("ninja") is None or not accelerator.create_op_builder("AsyncIOBuilder").is_compatible():
         what = "DeepSpeed moves states to a disk with libaio, and a program that uses it cannot be built here"
-        raise ConfigError(
-            Problem("launch.strategy", what, "install libaio with its headers (libaio-dev) and a compiler")
-        )
+        hint = "install libaio with its headers (libaio-dev), a C++ compiler, and ninja on the PATH"
+        raise ConfigError(Problem("launch.strategy", what, hint))
 
 
 def layout(accelerator: Accelerator) -> dict[str, Any]:
     """Who writes a checkpoint: others cannot read it."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     sharded = {"fsdp": True} if accelerator.is_fsdp2 else {}
+    if plugin and nvme_folder(launched_with()) is not None:
+        sharded["disk"] = True
     return {"processes": accelerator.num_processes, "zero": plugin.zero_stage if plugin else 0, **sharded}
 
 

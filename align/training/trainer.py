@@ -228,7 +228,14 @@ def run_training(
         )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    found = resumable(context, layout(trainer.accelerator))
+    held = layout(trainer.accelerator)
+    found = resumable(context, held)
+    if found and "disk" in held:
+        stage = context.job.stage
+        raise ConfigError(
+            f"{stage}: DeepSpeed does not restore an optimiser whose state is on a disk (zero3-nvme); "
+            f"start again with --force {stage}"
+        )
     context.metrics.truncate_after(found[0] if found else 0)
     context.samples.truncate_after(found[0] if found else 0)
     trainer._total_train_tokens = read_manifest(found[1])["tokens"] if found else 0

@@ -74,8 +74,8 @@ class PPOTrainer:
         self.settings = {"actor": config.optim, "critic": config.critic.optim}
         self.precision, self.rounding = precision, ROUNDING[precision]
         self.scaler = loss_scaler(precision, actor.device)
-        of_critic = DataParallelAdamW if self.passes.shares_states else new_optimiser  # a head alone is too small to divide
-        new = {"actor": new_optimiser, "critic": of_critic}
+        # A head alone is too small to divide.
+        new = {"actor": new_optimiser, "critic": DataParallelAdamW if self.passes.shares_states else new_optimiser}
         self.optimisers = {
             name: new[name](role, self.settings[name], self.scaler) for name, role in self.models.items()
         }

@@ -44,9 +44,10 @@ def case_name(kind: str, strategy: str, lora: bool) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Of processes that tests start."""
+    """Of processes that tests start. DeepSpeed looks for ninja on the PATH."""
+    path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PATH": path, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
 class World:

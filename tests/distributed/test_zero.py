@@ -180,10 +180,10 @@ def test_weights_are_in_parts_between_passes(variant, folder: Path):
 
 
 def test_the_state_of_the_optimiser_is_on_a_disk_and_then_gone(folder: Path):
-    """Of actor and critic each the weight, two moments and the gradient, in whole models above DeepSpeed's MiB."""
+    """Of actor and critic each the weight, two moments and the embeddings' gradient; smaller ones stay in memory."""
     if not HAS_LIBAIO:
         pytest.skip("ZERO3-NVME IS NOT TESTED HERE: install libaio with its headers (libaio-dev) and a C++ compiler")
-    assert [one["on_disk"] for one in told(folder, "zero3-nvme-wide", "trainer")] == [6, 6]
+    assert [one["on_disk"] for one in told(folder, "zero3-nvme-wide", "trainer")] == [8, 8]
     assert not list((folder / "disk").iterdir())
 
 

@@ -36,8 +36,9 @@ ROWS, WIDTH, ROLLOUTS = 8, 7, 3
 
 def new_roles(variant: str, strategy: str = "ddp") -> tuple[Role, Role, Role]:
     """Actor, critic and reference: three models, of which the critic may be a head on the actor's states; or adapters
-    on one base and that base. wide: models of which a half is above the MiB that DeepSpeed moves to a disk."""
-    config = CONFIG.model_copy(update={"hidden": 256}) if variant == "wide" else CONFIG
+    on one base and that base. wide: with embeddings that make half a model larger than the MiB from which DeepSpeed
+    moves it to a disk."""
+    config = CONFIG.model_copy(update={"embeddings": 20_000}) if variant == "wide" else CONFIG
     if variant == "lora":
         base = AdaptedBase(new_opened().model, LoraSettings(rank=4, alpha=8))
         actor, critic, reference = base.actor(), base.critic(None), base.base_role()
