@@ -6,6 +6,7 @@ import re
 from collections.abc import Container
 from typing import TYPE_CHECKING
 
+from align.recipe.training_settings import dropout_problems
 from align.rewards.settings import DEFAULT_TERM
 
 if TYPE_CHECKING:
@@ -25,11 +26,9 @@ def contradictions(config: Config, inputs: Container[str]) -> dict[str, str]:
 
 
 def _size_problems(config: Config) -> dict[str, str]:
-    problems = {}
+    problems = dropout_problems(config.lora)
     if config.responses % config.minibatches:
         problems["minibatches"] = f"{config.responses} responses per rollout are not a multiple of {config.minibatches}"
-    if config.lora is not None and config.lora.dropout:
-        problems["lora.dropout"] = "has to be 0: the ratio of new to old policy must be 1 before the first update"
     if config.overlong is not None and config.overlong.buffer > config.rollout.max_response_tokens:
         problems["overlong.buffer"] = (
             f"{config.overlong.buffer} is over rollout.max_response_tokens {config.rollout.max_response_tokens}"

@@ -47,7 +47,7 @@ LORA = {"rank": 4, "alpha": 8}
         ),
         (Config, {"overlong": {"buffer": 300}}, "overlong.buffer", "max_response_tokens 256"),
         (Config, {"critic": {"kind": "adapter"}}, "critic.kind", "needs `lora`"),
-        (Config, {"lora": {**LORA, "dropout": 0.1}}, "lora.dropout", "ratio of new to old"),
+        (Config, {"lora": {**LORA, "dropout": 0.1}}, "lora.dropout", "agree before the first step"),
         (Config, {"kl": {"coef": 0, "target": 6}}, "kl.target", "that of 0 stays 0"),
         (Config, {"kl": {"target": 6, "horizon": 100}}, "kl.horizon", "512 responses per rollout"),
         (Config, {"reward": {}}, "reward", "nothing to maximise"),
