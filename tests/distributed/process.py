@@ -31,10 +31,12 @@ from tests.stages.harness import Run
 torch.set_num_threads(1)
 
 
-def use(strategy: str) -> None:
-    """What `accelerate launch` puts into the environment for a strategy."""
+def use(strategy: str, folder: Path) -> None:
+    """What `accelerate launch` puts into the environment for a strategy; for one with a disk, that of `folder`."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = str(strategy.startswith("zero")).lower()
     file = shipped_folder("deepspeed") / f"{strategy.replace('-', '_')}.json"
+    if strategy == "zero3-nvme":
+        file = folder / "disk.json"
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(file)
     os.environ["ACCELERATE_USE_FSDP"] = str(strategy == "fsdp").lower()
     os.environ |= {f"FSDP_{name.removeprefix('fsdp_').upper()}": str(value) for name, value in FSDP.items()}
@@ -86,13 +88,13 @@ def signal_at(step: int) -> Any:
 
 def main(folder: Path) -> None:
     """Runs all cases."""
-    use("zero2")
+    use("zero2", folder)
     ranks.join(120)
     asked = json.loads((folder / "cases.json").read_text())
     policy = Input(**asked["policy"])
     for case in asked["cases"]:
         (folder / case["name"]).mkdir(exist_ok=True)
-        use(case["strategy"])
+        use(case["strategy"], folder)
         told = load_case(Input(**case["source"])) if "source" in case else run_case(folder, policy, case)
         log = case.get("log", "process")
         (folder / case["name"] / f"{log}-{ranks.rank()}.json").write_text(json.dumps(told))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.metrics import JsonLines
 from align.records import read_manifest
-from tests.distributed.conftest import CASES, NF4, PRECOMPUTED, QUANTISED, SAMPLED, STOPPED, World, case_name
+from tests.distributed.conftest import CASES, NF4, ON_DISK, PRECOMPUTED, QUANTISED, SAMPLED, STOPPED, World, case_name
 from tests.stages.harness import STEPS, Run, weights_hash
 
 LOSS = 2e-6
@@ -69,6 +69,14 @@ def test_a_signal_in_one_process_stops_all_and_they_resume_exactly(kind, strateg
     straight, resumed = world.two(case_name(kind, strategy, lora)), world.two(name)
     assert resumed.metrics() == straight.metrics()
     assert weights_hash(resumed.model) == weights_hash(straight.model)
+
+
+@pytest.mark.parametrize(("kind", "strategy", "lora"), ON_DISK)
+def test_a_stage_with_states_on_a_disk_is_not_resumed(kind, strategy, lora, world: World):
+    """DeepSpeed would go on from other states, and say nothing."""
+    for process in range(2):
+        told = json.loads((world.folder / f"{kind}-{strategy}-stopped" / f"resumed-{process}.json").read_text())
+        assert "does not restore an optimiser whose state is on a disk" in told["error"]
 
 
 def test_a_mean_over_pairs_is_no_mean_of_means(world: World):

@@ -19,10 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from align.job import Input
 from align.metrics import MetricsLog
-from align.recipe.shipped import shipped_folder
-from align.recipe.zero import read_zero
 from align.records import read_manifest
-from tests.distributed.conftest import ROOT, World, environment
+from tests.distributed.conftest import ROOT, World, environment, write_disk
 from tests.distributed.zero_roles import HAS_LIBAIO, ROLLOUTS, ROWS, TRAINERS, new_roles, new_trainer, train, weights
 from tests.models.tiny import FOR_VLLM, model_input, new_opened, save_policy
 from tests.rewards.test_remote import Server, answer, lengths
@@ -86,10 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, endpoint: Server) -> Path:
     for name in {case["name"] for case in cases} | {f"{strategy}-{variant}" for strategy, variant in TRAINERS}:
         (world.folder / name).mkdir()
     (world.folder / "cases.json").write_text(json.dumps(cases))
-    (world.folder / "disk").mkdir()
-    on_disk = read_zero(shipped_folder("deepspeed") / "zero3_nvme.json")
-    on_disk["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(world.folder / "disk")
-    (world.folder / "disk.json").write_text(json.dumps(on_disk))
+    write_disk(world.folder)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(Path(__file__).with_name("zero_process.py"))
     done = subprocess.run(

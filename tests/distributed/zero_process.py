@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,10 +41,7 @@ MINE = ([0, 1, 2, 3, 4], [5, 6, 7])
 
 def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     """Two rollouts, a checkpoint, a third one; and the third one again by a trainer that starts from the checkpoint."""
-    use(strategy)
-    disk = folder.parent / "disk"
-    if strategy == "zero3-nvme":
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(disk.with_suffix(".json"))
+    use(strategy, folder.parent)
     mine = MINE[ranks.rank()]
     settings = {"new_optimiser": new_optimiser, "processes": Processes(ranks.total, ranks.highest)}
     trainer = new_trainer(new_roles(variant, strategy), variant, **settings)
@@ -55,7 +51,7 @@ def train_roles(folder: Path, strategy: str, variant: str) -> dict[str, Any]:
     context = new_context("checkpoints", folder, {}, {})
     save_checkpoint(context, trainer, None, load_checkpoint(context, trainer)[1], ROLLOUTS - 1, 1, {"zero": strategy})
     metrics += train(trainer, mine, range(ROLLOUTS - 1, ROLLOUTS))
-    on_disk = len(list(disk.glob(f"*/*/optimizer/rank{ranks.rank()}/*.swp")))
+    on_disk = len(list(folder.parent.glob(f"disk/*/*/optimizer/rank{ranks.rank()}/*.swp")))
 
     again = new_trainer(new_roles(variant, strategy), variant, **settings)
     done, _ = load_checkpoint(context, again, None, {"zero": strategy})
@@ -118,7 +114,7 @@ def roles_of(trainer: Any) -> dict[str, Any]:
 
 def run_stage(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """What this process has to say of a whole stage."""
-    use(case["strategy"])
+    use(case["strategy"], folder.parent)
     AcceleratorState._reset_state()  # it is made once per process, and would be of the first case
     PartialState().distributed_type = DistributedType.MULTI_CPU
     inputs = {name: Input(**given) for name, given in case["inputs"].items()}
@@ -149,7 +145,7 @@ def kill_server_at(step: int) -> Callable[[Context, int], None]:
 
 def main(folder: Path) -> None:
     """All of TRAINERS and all cases."""
-    use("zero2")
+    use("zero2", folder)
     ranks.join(300)
     for strategy, variant in TRAINERS:
         own = folder / f"{strategy}-{variant}"
