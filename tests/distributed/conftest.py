@@ -25,7 +25,7 @@ STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
 FULL = [(kind, strategy, False) for strategy in STRATEGIES for kind in ("base", *KINDS)]
 ADAPTED = [(kind, strategy, True) for strategy in STRATEGIES for kind in KINDS]
 OFFLOADED = [(kind, strategy, False) for strategy in ("zero2-offload", "zero3-offload") for kind in KINDS]
-ON_DISK = [("sft", "zero3-nvme", False)] if HAS_LIBAIO else []
+ON_DISK = [(kind, "zero3-nvme", False) for kind in KINDS] if HAS_LIBAIO else []
 CASES = [*FULL, *ADAPTED, *OFFLOADED, ("sft", "zero1", False), *ON_DISK]
 STOPPED = [
     ("sft", "ddp", False),
@@ -147,7 +147,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for name, source in world.sources().items():
         cases.append({"name": name, "strategy": "zero3", "source": asdict(source)})
     # Last: what is refused leaves the libraries set to load models in parts.
-    cases += [case for one in ON_DISK for case in stopped_and_resumed(world, *one)]
+    cases += [case for one in ON_DISK[:1] for case in stopped_and_resumed(world, *one)]
     world.start(cases)
     return world
 

@@ -71,7 +71,7 @@ def test_a_signal_in_one_process_stops_all_and_they_resume_exactly(kind, strateg
     assert weights_hash(resumed.model) == weights_hash(straight.model)
 
 
-@pytest.mark.parametrize(("kind", "strategy", "lora"), ON_DISK)
+@pytest.mark.parametrize(("kind", "strategy", "lora"), ON_DISK[:1])
 def test_a_stage_with_states_on_a_disk_is_not_resumed(kind, strategy, lora, world: World):
     """DeepSpeed would go on from other states, and say nothing."""
     for process in range(2):

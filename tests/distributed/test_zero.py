@@ -21,6 +21,7 @@ from align.job import Input
 from align.metrics import MetricsLog
 from align.records import read_manifest
 from tests.distributed.conftest import ROOT, World, environment, write_disk
+from tests.distributed.plain_vllm import LENGTH, PROMPT
 from tests.distributed.zero_roles import HAS_LIBAIO, ROLLOUTS, ROWS, TRAINERS, new_roles, new_trainer, train, weights
 from tests.models.tiny import FOR_VLLM, model_input, new_opened, save_policy
 from tests.rewards.test_remote import Server, answer, lengths
@@ -35,7 +36,9 @@ ENGINES = [("ddp", "vllm"), ("zero3", "vllm"), ("fsdp", "vllm"), ("zero3", "vllm
 """Strategies, and what each process samples with: the last stage loses a server on the way."""
 STAGES = [(strategy, variant) for strategy in ("ddp", "zero2", "zero3", "fsdp") for variant in ("full", "lora")]
 STAGES += [("ddp", "adapted reference"), ("fsdp", "adapted reference")]
-STAGES += [("zero2-offload", "full"), ("zero3-offload", "full"), *ENGINES]
+STAGES += [("zero2-offload", "full"), ("zero3-offload", "full")]
+STAGES += [("zero3-nvme", "full")] if HAS_LIBAIO else []
+STAGES += ENGINES
 STOPPED = [("zero2", "full"), ("zero3", "full"), ("zero3", "lora"), ("fsdp", "full")]
 GIVEN_UP = ["zero3", "fsdp"]
 MISMATCH = 1e-4
@@ -213,6 +216,20 @@ def test_each_process_samples_from_what_was_trained(strategy, variant, folder: P
     rows = metrics(folder / f"{strategy}-{variant}-stage")
     assert max(row["samples/mismatch_max"] for row in rows) < MISMATCH
     assert rows[0]["policy/approxkl_avg"] > 100 * MISMATCH
+
+
+def test_vllm_by_itself_loads_what_zero3_saved(folder: Path):
+    """It says of the file what transformers says."""
+    model = folder / "zero3-vllm-stage" / "model"
+    script = str(Path(__file__).with_name("plain_vllm.py"))
+    done = subprocess.run(
+        [sys.executable, script, str(model)], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    plain, ids = AutoModelForCausalLM.from_pretrained(model), torch.tensor([PROMPT])
+    for _ in range(LENGTH):
+        ids = torch.cat([ids, plain(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert json.loads(done.stdout.splitlines()[-1]) == ids[0, len(PROMPT) :].tolist()
 
 
 @pytest.mark.parametrize("strategy", GIVEN_UP)
