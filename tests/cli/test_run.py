@@ -150,8 +150,9 @@ def test_a_dry_run_prints_the_commands_and_writes_nothing(here: Path) -> None:
 
 
 def test_several_processes_go_through_a_launcher(here: Path) -> None:
-    """`base` makes a small model from nothing, in one process whatever the recipe says."""
-    out, _ = align(here, "run", "sft", "--dry-run", "launch.processes=2", "--run", "two")
+    """But for a stage that the recipe gives one process."""
+    settings = ["launch.processes=2", "base.launch.processes=1"]
+    out, _ = align(here, "run", "sft", "--dry-run", *settings, "--run", "two")
     commands = [line for line in out.splitlines() if "align.worker" in line]
     assert "align.launcher" not in commands[0]
     runs = here.resolve() / "runs" / "two"

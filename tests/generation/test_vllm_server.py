@@ -172,8 +172,7 @@ def test_the_way_of_the_weights_is_named(served):
 
 @pytest.mark.parametrize("transport", ["ipc", "nccl"])
 def test_a_way_that_a_cpu_has_not_is_refused_at_once(transport, tmp_path):
-    new_model(tmp_path, is_tied=True)
-    what = Sampled(None, tmp_path, torch.float32, max_length=32, batch_size=4)
+    what = Sampled(new_model(tmp_path, is_tied=True), tmp_path, torch.float32, max_length=32, batch_size=4)
     settings = EngineSettings(engine="vllm-server", transport=transport)
     with pytest.raises(ConfigError, match=rf"rollout\.transport {transport}: the policy is on the CPU; use auto"):
         open_engine(settings, what, notice=print, log=tmp_path / "log")

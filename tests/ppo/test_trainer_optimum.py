@@ -80,7 +80,8 @@ def test_planted_faults_show(fault, monkeypatch):
             ),
         )
     if fault == "values":
-        monkeypatch.setattr("stages.ppo.trainer.state_values", lambda *given: state_values(*given).roll(1, 1))
+        for module in ("passes", "objectives"):
+            monkeypatch.setattr(f"stages.ppo.{module}.state_values", lambda *given: state_values(*given).roll(1, 1))
     assert float(trainer.observe(*all_responses(DEPTH)).advantages.abs().max()) > 0.1
 
 
