@@ -125,7 +125,7 @@ parts only the policy is ever whole. What the estimate leaves out under zero3 is
 which stays whole, keeps all of it mapped. Processes share those pages, and give them back where memory is short.
 
 What was measured varies from run to run: reward, full, in one process took 2302, 2633 and 2721 MiB. `base`, which is
-not in the table, was estimated 10% too low in one process and 17% under zero2. Not measured: GPUs, zero1, offloading,
+not in the table, was estimated 10% too low in one process and 22% under zero2. Not measured: GPUs, zero1, offloading,
 more than {processes} processes. Their figures are the same formulas with other bytes per number.
 """
 
